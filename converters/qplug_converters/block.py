@@ -1,0 +1,100 @@
+"""Reading a quantization config block and headers: typed keys, aliases, every problem collected."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .errors import QplugError
+from .format import Block, Headers
+from .layout import TensorSpec
+from .scheme import Scheme
+
+
+class Keys:
+    """Typed access to one block; problems are collected, not raised."""
+
+    def __init__(self, block: Block | None, where: str = "quantization_config") -> None:
+        self.block: Block = block or {}
+        self.where = where
+        self.problems: list[QplugError] = []
+
+    def get(self, kind: type, *names: str, default: Any = None) -> Any:
+        """Return the first of `names` that is present and not null, checked to be a `kind`.
+
+        Two aliases with different values, and a value of another type (`"4"` for 4, `"false"` for
+        false), are problems: readers take them in different ways.
+        """
+        found = {n: self.block[n] for n in names if self.block.get(n) is not None}
+        for name, value in found.items():
+            if type(value) is not kind:
+                self.problem(name, f"{value!r}", f"a JSON {_JSON[kind]}", "correct the config")
+                return default
+        if len({repr(v) for v in found.values()}) > 1:
+            self.problem(
+                " and ".join(found),
+                " and ".join(repr(v) for v in found.values()),
+                "one value",
+                "remove the wrong one",
+            )
+        return next(iter(found.values()), default)
+
+    def problem(self, key: str, found: str, expected: str = "", fix: str = "") -> None:
+        """Remember that `key` is wrong."""
+        self.problems.append(QplugError(found, f"{self.where}.{key}", expected, fix))
+
+
+_JSON = {int: "integer", bool: "true or false", str: "string", dict: "object", list: "list"}
+
+
+def modules_with(headers: Headers, part: str) -> list[str]:
+    """Return the modules that have a tensor `<module>.<part>`, in file order."""
+    tail = f".{part}"
+    return [name.removesuffix(tail) for name in headers if name.endswith(tail)]
+
+
+def parts_of(headers: Headers, module: str, names: Iterable[str]) -> dict[str, TensorSpec]:
+    """Return those of the named parts that `module` has."""
+    return {n: headers[f"{module}.{n}"] for n in names if f"{module}.{n}" in headers}
+
+
+def dense_modules(headers: Headers) -> tuple[str, ...]:
+    """Return the modules with a 2-D `weight`: linears left in full precision, and embeddings."""
+    return tuple(
+        name.removesuffix(".weight")
+        for name, spec in headers.items()
+        if name.endswith(".weight") and len(spec.shape) == 2
+    )
+
+
+_EMBEDDING = re.compile(r"(^|\.)(embed|wte|wpe|word_embed|position_embed|tok_embed|shared$)")
+
+
+def dense_linears(dense: Iterable[str]) -> tuple[str, ...]:
+    """Return the dense modules that are not embeddings, judged by the names in use."""
+    return tuple(name for name in dense if not _EMBEDDING.search(name))
+
+
+def stated_group_size(schemes: Iterable[Scheme]) -> Callable[[Scheme], int]:
+    """Return the group size a config states for each scheme, with as few exceptions as possible.
+
+    A linear with one group may be said to have any group size from its in_features up, or -1: it
+    takes the most common size of the linears with several groups. Where no linear has several,
+    the common in_features is stated, or -1 if they differ.
+    """
+    schemes = list(schemes)
+    several = Counter(s.group_size for s in schemes if s.groups > 1)
+    if several:
+        base = several.most_common(1)[0][0]
+    else:
+        widths = {s.in_features for s in schemes}
+        base = widths.pop() if len(widths) == 1 else -1
+
+    def stated(scheme: Scheme) -> int:
+        if scheme.groups > 1:
+            return scheme.group_size
+        return base if base >= scheme.in_features else -1
+
+    return stated

@@ -1,0 +1,167 @@
+"""Encode and decode: the only code that turns stored tensors into codes and back.
+
+The patterns of a `Part` say what a stored tensor means; `_literal` executes them word for word.
+Patterns that mean "rows of words, perhaps transposed" run as whole words through `words`, and
+must equal the literal execution bit for bit (a property test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from . import bitstream, words, zeros
+from .errors import QplugError
+from .layout import Holds, Layout, Part
+from .scheme import Scheme
+from .weight import AffineGrid, QuantizedWeight
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64,
+    "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""torch's dtype for safetensors' names."""
+
+_ROUTES: dict[tuple[str, str], dict[str, bool]] = {
+    ("out inp -> out inp", ""): {"transposed": False, "codes_transposed": False},
+    ("out inp -> out inp", "out w -> w out"): {"transposed": True, "codes_transposed": False},
+    ("out inp -> inp out", ""): {"transposed": False, "codes_transposed": True},
+}
+"""Patterns of codes that the whole-word routes know."""
+
+
+def _swap(pattern: str) -> str:
+    left, _, right = pattern.partition("->")
+    return f"{right.strip()} -> {left.strip()}"
+
+
+def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
+    """Return what a stored tensor holds, on canonical axes.
+
+    Codes come as uint8 `[out, in]`, zeros as int16 `[out, groups]`, scales and weights in the
+    stored dtype, `g_idx` as int32 `[in]`.
+    """
+    if part.packing is None:
+        plain = rearrange(stored, _swap(part.stream))
+        return plain.contiguous()
+    route = _ROUTES.get((part.stream, part.stored)) if part.holds is Holds.CODES else None
+    if route is not None and part.packing.word == "I32":
+        count = sizes["out"] if route["codes_transposed"] else sizes["inp"]
+        return words.unpack(stored, part.packing.bits, count, order=part.packing.order, **route)
+    return _literal_unpack(part, stored, sizes).to(stored.device)
+
+
+def _literal_unpack(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
+    """Execute the patterns of a packed part as they are written."""
+    assert part.packing is not None
+    raw = stored.cpu().numpy()
+    rows = rearrange(raw, _swap(part.stored)) if part.stored else raw
+    last = part.stream.split()[-1]
+    if part.holds is Holds.ZEROS:
+        found: np.ndarray = zeros.decode(rows, part.packing, sizes[last], part.rule)
+    else:
+        found = bitstream.unpack(rows, part.packing, sizes[last])
+    return torch.from_numpy(np.ascontiguousarray(rearrange(found, _swap(part.stream))))
+
+
+def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the stored tensor of a part, the inverse of `unpack_part`; written into `out`."""
+    if part.packing is None:
+        stored = rearrange(values, part.stream).to(TORCH_DTYPES[part.dtype])
+    else:
+        route = _ROUTES.get((part.stream, part.stored)) if part.holds is Holds.CODES else None
+        if route is not None and part.packing.word == "I32":
+            return words.pack(values, part.packing.bits, order=part.packing.order, out=out, **route)
+        stored = _literal_pack(part, values)
+    return stored.contiguous() if out is None else out.copy_(stored)
+
+
+def _literal_pack(part: Part, values: Tensor) -> Tensor:
+    """Execute the patterns of a packed part as they are written."""
+    assert part.packing is not None
+    rows = rearrange(values.cpu().numpy(), part.stream)
+    if part.holds is Holds.ZEROS:
+        found = zeros.encode(rows, part.packing, part.rule)
+    else:
+        found = bitstream.pack(rows, part.packing)
+    stored = rearrange(found, part.stored) if part.stored else found
+    dtype = TORCH_DTYPES[part.dtype]
+    signed = {1: np.uint8, 2: np.int16, 4: np.int32}[dtype.itemsize]
+    return torch.from_numpy(np.ascontiguousarray(stored).view(signed)).view(dtype)
+
+
+def decode(layout: Layout, scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Read the stored tensors of one linear, or of a block of its output rows.
+
+    Parameters
+    ----------
+    layout
+        The layout the tensors are in.
+    scheme
+        The numbers of the linear; `out_features` is that of the block.
+    stored
+        Tensors by part name, of the shapes `layout.specs(scheme.sizes)` gives.
+
+    Raises
+    ------
+    QplugError
+        If a scale is not finite.
+    """
+    found = {
+        part.holds: unpack_part(part, stored[part.name], scheme.sizes)
+        for part in layout
+        if part.name in stored
+    }
+    scales = found[Holds.SCALES]
+    if not bool(torch.isfinite(scales).all()):
+        bad = int((~torch.isfinite(scales)).sum())
+        raise QplugError(f"{bad} scales that are NaN or infinite", "scales", "finite numbers")
+    g_idx = found.get(Holds.G_IDX) if scheme.act_order else None
+    grid = AffineGrid(scales, found[Holds.ZEROS], scheme.group_size, g_idx)
+    return QuantizedWeight(found[Holds.CODES], scheme.bits, grid)
+
+
+def encode(
+    layout: Layout, weight: QuantizedWeight, out: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Write a linear, or a block of its output rows, as stored tensors.
+
+    With `out`, tensors by part name (views of a larger file are welcome) are filled and returned.
+
+    Raises
+    ------
+    QplugError
+        If the layout cannot hold a zero, or a weight overflows the dtype asked for.
+    """
+    stored = {}
+    for part in layout:
+        if part.holds is Holds.CODES:
+            values = weight.codes
+        elif part.holds is Holds.ZEROS:
+            values = weight.grid.zeros
+        elif part.holds is Holds.SCALES:
+            values = weight.grid.scales
+        elif part.holds is Holds.G_IDX:
+            values = weight.grid.group_of_inputs(weight.in_features).to(torch.int32)
+        else:
+            values = round_to(weight.dequantize(), TORCH_DTYPES[part.dtype])
+        stored[part.name] = pack_part(part, values, None if out is None else out[part.name])
+    return stored
+
+
+def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `weight` rounded once to `dtype`; overflow is an error, never an infinity."""
+    rounded = weight.to(dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        largest = float(weight.abs().max())
+        raise QplugError(
+            f"a weight of {largest:g}", "the dequantized weights", f"values that {dtype} can hold",
+            "use --dtype bfloat16 or float32",
+        )
+    return rounded

@@ -1,0 +1,135 @@
+"""`Format`: how one tool names, stores and configures quantized linears.
+
+A format file is a table and a docstring; it holds functions as fields and nothing inherits from
+it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .layout import Layout, TensorSpec
+from .scheme import ModelScheme, Scheme
+
+Block = Mapping[str, Any]
+"""A quantization config block as JSON gave it."""
+Headers = Mapping[str, TensorSpec]
+"""Every tensor of a checkpoint by name."""
+Peek = Callable[[str], NDArray[np.generic]]
+"""Read one small tensor that decides (g_idx, zeros) as a NumPy array; bfloat16 comes as uint16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """What a format can hold, as data; a plan compares a scheme with it.
+
+    Attributes
+    ----------
+    bits
+        Bit widths.
+    zeros
+        Lowest and highest zero at given bits that every reader of the format agrees on.
+    act_order
+        Whether a non-trivial `g_idx` can be stored.
+    ragged
+        Whether the last group may be short.
+    scale_dtypes
+        Dtypes of scales that the format's readers take; the first is preferred.
+    in_multiple, out_multiple
+        What in_features and out_features must be multiples of at given bits.
+    """
+
+    bits: tuple[int, ...]
+    zeros: Callable[[int], tuple[int, int]]
+    act_order: bool
+    ragged: bool
+    scale_dtypes: tuple[str, ...]
+    in_multiple: Callable[[int], int]
+    out_multiple: Callable[[int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a format writes besides tensors: the config block and its side files."""
+
+    block: Mapping[str, Any] | None
+    side_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A tool's way.
+
+    Attributes
+    ----------
+    name, aliases
+        What `--from` and `--to` take; `<name>-layout` works too.
+    title
+        One line for tables.
+    capacity
+        What it can hold; `None` for a format that holds no codes (dense).
+    claims
+        `(block, headers) -> bool`: whether a checkpoint is of this format, the config first.
+    layout
+        The stored tensors of one linear.
+    read
+        `(block, headers, peek) -> ModelScheme`; collects every problem and raises them together.
+        `None` for a format that is a target only.
+    adopt
+        `scheme -> scheme`: the same numbers as this format states them (flags, zero rule, g_idx).
+    write
+        The config of a whole model.
+    shard_stem
+        First part of the names of the shards.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    title: str
+    capacity: Capacity | None
+    claims: Callable[[Block | None, Headers], bool]
+    layout: Callable[[Scheme], Layout]
+    read: Callable[[Block | None, Headers, Peek], ModelScheme] | None
+    adopt: Callable[[Scheme], Scheme]
+    write: Callable[[ModelScheme], Written]
+    shard_stem: str = "model"
+
+    def cannot(self, scheme: Scheme) -> str | None:
+        """Return why this format cannot hold `scheme` as it is, or `None`."""
+        holds = self.capacity
+        if holds is None:
+            return None
+        if scheme.bits not in holds.bits:
+            return f"{self.name} holds {_listed(holds.bits)} bits, not {scheme.bits}"
+        if scheme.act_order and not holds.act_order:
+            return f"{self.name} has no g_idx, and the columns are in act order"
+        if not holds.ragged and scheme.in_features % scheme.group_size:
+            return (
+                f"{self.name} needs whole groups, and {scheme.in_features} inputs are not a "
+                f"multiple of {scheme.group_size}"
+            )
+        for name, size, step in (
+            ("in_features", scheme.in_features, holds.in_multiple(scheme.bits)),
+            ("out_features", scheme.out_features, holds.out_multiple(scheme.bits)),
+        ):
+            if size % step:
+                return f"{self.name} needs {name} in multiples of {step}, not {size}"
+        if scheme.zeros is not None:
+            low, high = holds.zeros(scheme.bits)
+            if scheme.zeros.lowest < low or scheme.zeros.highest > high:
+                return (
+                    f"{self.name} holds zeros from {low} to {high}, not "
+                    f"{scheme.zeros.lowest} to {scheme.zeros.highest}"
+                )
+        if scheme.scale_dtype not in holds.scale_dtypes:
+            return f"{self.name} holds {_listed(holds.scale_dtypes)} scales"
+        return None
+
+
+def _listed(items: tuple[object, ...]) -> str:
+    return ", ".join(map(str, items))

@@ -1,0 +1,33 @@
+"""Every format, one line each; the order is the order of detection."""
+
+from ..errors import QplugError
+from ..format import Format
+from . import awq, canonical, dense, gptq, gptq_v2
+
+FORMATS: tuple[Format, ...] = (
+    canonical.FORMAT,
+    gptq_v2.FORMAT,
+    gptq.FORMAT,
+    awq.FORMAT,
+    dense.FORMAT,
+)
+
+
+def names() -> tuple[str, ...]:
+    """Return every name that `find` takes, without the `-layout` twins."""
+    return tuple(name for f in FORMATS for name in (f.name, *f.aliases))
+
+
+def find(name: str) -> Format:
+    """Return the format called `name`, an alias, or either with `-layout` behind it.
+
+    Raises
+    ------
+    QplugError
+        If there is none.
+    """
+    wanted = name.lower().removesuffix("-layout")
+    for known in FORMATS:
+        if wanted in (known.name, *known.aliases):
+            return known
+    raise QplugError(f"no format {name!r}", fix=f"one of {', '.join(f.name for f in FORMATS)}")

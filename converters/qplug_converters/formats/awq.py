@@ -1,0 +1,225 @@
+r"""AWQ GEMM as AutoAWQ 0.2.9 writes it (`version: gemm`), 4 bits.
+
+| name      | dtype   | shape           | packed along                                |
+|-----------|---------|-----------------|---------------------------------------------|
+| `qweight` | int32   | [in, out/8]     | out: field i of a word is column ORDER[i]   |
+| `qzeros`  | int32   | [in/G, out/8]   | out, the same order; zeros as they are      |
+| `scales`  | float16 | [in/G, out]     | -                                           |
+
+w[n, k] = scales[k // G, n] * (code - zero), zeros 0 to 15. in is a multiple of G, out of 8; no
+`g_idx`. `group_size: -1` is one group per row.
+
+Traps. ORDER is not its own inverse. `zero_point: false` files (AutoRound) hold zeros of 8 all the
+same. `modules_to_not_convert` is matched as a substring by readers, null breaks some of them, and
+an entry such as `mlp.gate` also un-quantizes `mlp.gate_proj`: the tensors show what is quantized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..block import (
+    Keys,
+    dense_linears,
+    dense_modules,
+    modules_with,
+    parts_of,
+    stated_group_size,
+)
+from ..errors import QplugError, raise_all
+from ..format import Block, Capacity, Format, Headers, Peek, Written
+from ..layout import FLOATS, Holds, Layout, Packing, Part
+from ..scheme import ModelScheme, Scheme
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Field i of a word holds column ORDER[i] of its eight (AutoAWQ `awq/utils/packing_utils.py`)."""
+
+_PACKING = Packing(4, order=ORDER)
+
+
+def layout(scheme: Scheme) -> Layout:
+    """Return the stored tensors of one linear."""
+    return Layout(
+        (
+            Part(
+                name="qweight",
+                holds=Holds.CODES,
+                dtype="I32",
+                stream="out inp -> inp out",
+                packing=_PACKING,
+            ),
+            Part(
+                name="qzeros",
+                holds=Holds.ZEROS,
+                dtype="I32",
+                stream="out group -> group out",
+                packing=_PACKING,
+            ),
+            Part(
+                name="scales",
+                holds=Holds.SCALES,
+                dtype=scheme.scale_dtype,
+                stream="out group -> group out",
+            ),
+        )
+    )
+
+
+def _looks_like_awq(headers: Headers) -> bool:
+    """Whether some linear is stored the AWQ way: `scales` eight times as wide as `qweight`."""
+    for module in modules_with(headers, "qweight"):
+        parts = parts_of(headers, module, ("qweight", "scales"))
+        if len(parts) == 2 and all(len(p.shape) == 2 for p in parts.values()):
+            return parts["scales"].shape[1] == 8 * parts["qweight"].shape[1]
+    return False
+
+
+def claims(block: Block | None, headers: Headers) -> bool:
+    """Whether the config says AWQ, or says nothing and the shapes do."""
+    method = (block or {}).get("quant_method") or (block or {}).get("method")
+    if isinstance(method, str):
+        return method.lower() == "awq"
+    return _looks_like_awq(headers)
+
+
+def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
+    """Read the schemes of a checkpoint; headers decide, the config must agree."""
+    keys = Keys(block)
+    bits = keys.get(int, "bits", "w_bit", default=4)
+    group_size = keys.get(int, "group_size", "q_group_size")
+    zero_point = keys.get(bool, "zero_point", default=True)
+    version = keys.get(str, "version", "format", default="gemm")
+    keys.get(list, "modules_to_not_convert")
+    if bits != 4:
+        keys.problem("bits", f"{bits}", "4, the only width AWQ has")
+    if version.lower() != "gemm":
+        keys.problem("version", f"{version!r}", "'gemm', the layout this version reads")
+    if group_size is not None and (group_size == 0 or group_size < -1):
+        keys.problem("group_size", f"{group_size}", "-1 or a positive number")
+    raise_all(keys.problems)
+
+    modules = modules_with(headers, "qweight")
+    if not modules:
+        raise QplugError("no `*.qweight` tensor", "the checkpoint's headers", "quantized linears")
+    problems: list[QplugError] = []
+    linears = {}
+    for module in modules:
+        stored = parts_of(headers, module, ("qweight", "qzeros", "scales"))
+        missing = [n for n in ("qweight", "qzeros", "scales") if n not in stored]
+        if missing:
+            problems += [
+                QplugError("no such tensor", f"{module}.{n}", "a 2-D tensor") for n in missing
+            ]
+            continue
+        flat = [n for n, s in stored.items() if len(s.shape) != 2 or 0 in s.shape]
+        if flat:
+            problems += [
+                QplugError(str(stored[n]), f"{module}.{n}", "a 2-D tensor, not empty")
+                for n in flat
+            ]
+            continue
+        in_features, words = stored["qweight"].shape
+        groups = stored["scales"].shape[0]
+        size = group_size
+        if size is None:
+            if in_features % groups:
+                keys.problem("group_size", "no such key", "a positive number")
+                continue
+            size = in_features // groups
+        size = in_features if size == -1 else size
+        if stored["scales"].dtype not in FLOATS:
+            problems.append(
+                QplugError(str(stored["scales"]), f"{module}.scales", " or ".join(FLOATS))
+            )
+            continue
+        if in_features % size:
+            problems.append(
+                QplugError(
+                    f"group_size {size} for {in_features} inputs",
+                    f"{module}.qweight",
+                    "a divisor of in_features",
+                    "correct group_size in the config",
+                )
+            )
+            continue
+        scheme = Scheme(
+            words * 8,
+            in_features,
+            4,
+            size,
+            sym=not zero_point,
+            scale_dtype=stored["scales"].dtype,
+        )
+        wrong = layout(scheme).check(
+            module,
+            scheme.sizes,
+            stored,
+            f"the config says group_size {group_size}; the tensors must agree",
+        )
+        problems += wrong
+        linears[module] = scheme
+    raise_all(keys.problems + problems)
+    return ModelScheme("awq", linears, dense_modules(headers), "", (), keys.block)
+
+
+def adopt(scheme: Scheme) -> Scheme:
+    """Restate a scheme as AWQ writes it."""
+    return replace(scheme, has_g_idx=False, zero_rule="as_is", desc_act=False)
+
+
+def write(model: ModelScheme) -> Written:
+    """Return the config block; the skip list is never empty and un-quantizes nothing else.
+
+    Raises
+    ------
+    QplugError
+        If the linears do not share one group size, which AWQ configs cannot say.
+    """
+    group_of = stated_group_size(model.linears.values())
+    sizes = {group_of(scheme) for scheme in model.linears.values()}
+    if len(sizes) > 1:
+        raise QplugError(
+            f"group sizes {', '.join(map(str, sorted(sizes)))}",
+            "the model",
+            "one group size: AWQ configs cannot name several",
+            "split them to one size with --group-size",
+        )
+    quantized = tuple(model.linears)
+    skip = [
+        name
+        for name in dense_linears(model.dense)
+        if not any(name in module for module in quantized)
+    ]
+    if not any(module.endswith("lm_head") for module in quantized) and "lm_head" not in skip:
+        skip.append("lm_head")
+    block: dict[str, object] = {
+        "bits": 4,
+        "group_size": sizes.pop(),
+        "quant_method": "awq",
+        "version": "gemm",
+        "zero_point": True,
+    }
+    if skip:
+        block["modules_to_not_convert"] = skip
+    return Written(block)
+
+
+FORMAT = Format(
+    name="awq",
+    aliases=("awq-gemm",),
+    title="AWQ GEMM (AutoAWQ): 4 bits, zeros as they are",
+    capacity=Capacity(
+        bits=(4,),
+        zeros=lambda bits: (0, 15),
+        act_order=False,
+        ragged=False,
+        scale_dtypes=("F16",),
+        in_multiple=lambda bits: 1,
+        out_multiple=lambda bits: 8,
+    ),
+    claims=claims,
+    layout=layout,
+    read=read,
+    adopt=adopt,
+    write=write,
+)

@@ -1,0 +1,167 @@
+"""qplug's own file form: everything a `QuantizedWeight` can hold, as it is.
+
+| name    | dtype             | shape                    |                                  |
+|---------|-------------------|--------------------------|----------------------------------|
+| `codes` | uint8             | [out, ceil(in * bits/8)] | a row is one bit stream along in |
+| `scales`| the source's      | [out, groups]            |                                  |
+| `zeros` | int16             | [out, groups]            | the value subtracted             |
+| `g_idx` | int32             | [in]                     | only where columns are in act order |
+
+Config: `quant_method: qplug`, `version: 1`, and per module bits, in_features and group_size.
+Shards are named `qplug-*.safetensors`, never `model*`: stock Transformers and vLLM take an unknown
+`quant_method` for an unquantized model and would invent weights; without a file of a name they
+know they stop instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..block import Keys, dense_modules, modules_with, parts_of
+from ..errors import QplugError, raise_all
+from ..format import Block, Capacity, Format, Headers, Peek, Written
+from ..layout import FLOATS, Holds, Layout, Packing, Part
+from ..scheme import ModelScheme, Scheme
+
+VERSION = 1
+
+
+def layout(scheme: Scheme) -> Layout:
+    """Return the stored tensors of one linear."""
+    parts = [
+        Part(
+            name="codes",
+            holds=Holds.CODES,
+            dtype="U8",
+            stream="out inp -> out inp",
+            packing=Packing(scheme.bits, word="U8"),
+        ),
+        Part(
+            name="scales",
+            holds=Holds.SCALES,
+            dtype=scheme.scale_dtype,
+            stream="out group -> out group",
+        ),
+        Part(name="zeros", holds=Holds.ZEROS, dtype="I16", stream="out group -> out group"),
+    ]
+    if scheme.has_g_idx:
+        parts.append(Part(name="g_idx", holds=Holds.G_IDX, dtype="I32", stream="inp -> inp"))
+    return Layout(tuple(parts))
+
+
+def claims(block: Block | None, headers: Headers) -> bool:
+    """Whether the config says so; nobody else writes it."""
+    return (block or {}).get("quant_method") == "qplug"
+
+
+def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
+    """Read the schemes; config and headers must say the same."""
+    keys = Keys(block)
+    version = keys.get(int, "version")
+    modules = keys.get(dict, "modules", default={})
+    if version != VERSION:
+        keys.problem("version", f"{version}", f"{VERSION}", "use the qplug release that wrote it")
+    raise_all(keys.problems)
+    problems: list[QplugError] = []
+    linears = {}
+    stored_modules = modules_with(headers, "codes")
+    for module in sorted(set(stored_modules) ^ set(modules)):
+        there = module in modules
+        problems.append(
+            QplugError(
+                "no tensors" if there else "no entry",
+                f"{module}.codes" if there else f"quantization_config.modules.{module}",
+                "both an entry in the config and tensors",
+            )
+        )
+    for module in stored_modules:
+        if module not in modules:
+            continue
+        own = Keys(modules[module], f"quantization_config.modules.{module}")
+        bits, group_size = own.get(int, "bits", default=0), own.get(int, "group_size", default=0)
+        in_features = own.get(int, "in_features", default=0)
+        if not (1 <= bits <= 8 and group_size > 0 and in_features > 0):
+            own.problem(
+                "*", f"{modules[module]}", "bits 1 to 8, positive group_size and in_features"
+            )
+            problems += own.problems
+            continue
+        stored = parts_of(headers, module, ("codes", "scales", "zeros", "g_idx"))
+        scales = stored.get("scales")
+        if scales is None or scales.dtype not in FLOATS:
+            problems.append(
+                QplugError(str(scales or "no such tensor"), f"{module}.scales", " or ".join(FLOATS))
+            )
+            continue
+        scheme = Scheme(
+            stored["codes"].shape[0] if stored["codes"].shape else 0,
+            in_features,
+            bits,
+            min(group_size, in_features),
+            has_g_idx="g_idx" in stored,
+            act_order="g_idx" in stored,
+            scale_dtype=scales.dtype,
+        )
+        wrong = layout(scheme).check(module, scheme.sizes, stored, "the file is damaged")
+        problems += wrong
+        if scheme.has_g_idx and not wrong:
+            g_idx = peek(f"{module}.g_idx")
+            if g_idx.min() < 0 or g_idx.max() >= scheme.groups:
+                problems.append(
+                    QplugError(
+                        f"values from {g_idx.min()} to {g_idx.max()}",
+                        f"{module}.g_idx",
+                        f"0 to {scheme.groups - 1}",
+                    )
+                )
+                continue
+            in_order = np.array_equal(g_idx, np.arange(in_features) // scheme.group_size)
+            scheme = replace(scheme, act_order=not in_order)
+        linears[module] = scheme
+    raise_all(problems)
+    if not linears:
+        raise QplugError("no `*.codes` tensor", "the checkpoint's headers", "quantized linears")
+    return ModelScheme("canonical", linears, dense_modules(headers), "qplug", (), keys.block)
+
+
+def adopt(scheme: Scheme) -> Scheme:
+    """Restate a scheme as the canonical form holds it: g_idx only where it says something."""
+    return replace(scheme, has_g_idx=scheme.act_order, zero_rule="as_is", desc_act=False)
+
+
+def write(model: ModelScheme) -> Written:
+    """Return the config block with one entry per quantized module."""
+    modules: dict[str, Any] = {
+        name: {
+            "bits": scheme.bits,
+            "in_features": scheme.in_features,
+            "group_size": scheme.group_size,
+        }
+        for name, scheme in model.linears.items()
+    }
+    return Written({"quant_method": "qplug", "version": VERSION, "modules": modules})
+
+
+FORMAT = Format(
+    name="canonical",
+    aliases=("qplug",),
+    title="qplug's own form: any bits, zeros, groups and act order",
+    capacity=Capacity(
+        bits=tuple(range(1, 9)),
+        zeros=lambda bits: (0, 1 << bits),
+        act_order=True,
+        ragged=True,
+        scale_dtypes=FLOATS,
+        in_multiple=lambda bits: 1,
+        out_multiple=lambda bits: 1,
+    ),
+    claims=claims,
+    layout=layout,
+    read=read,
+    adopt=adopt,
+    write=write,
+    shard_stem="qplug",
+)

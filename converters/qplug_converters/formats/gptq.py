@@ -1,0 +1,427 @@
+r"""GPTQ as AutoGPTQ 0.7.1 and GPTQModel 7.7.0 write it (`checkpoint_format: gptq`, v1).
+
+Tensors of a linear, `b` bits, `n_g = ceil(in / group_size)` groups:
+
+| name      | dtype         | shape            | packed along                     |
+|-----------|---------------|------------------|----------------------------------|
+| `qweight` | int32         | [in * b/32, out] | in: a column is one bit stream   |
+| `qzeros`  | int32         | [n_g, out * b/32]| out                              |
+| `scales`  | float16       | [n_g, out]       | -                                |
+| `g_idx`   | int32         | [in]             | -; absent in some exports        |
+
+w[n, k] = scales[g(k), n] * (code - zero), g(k) = g_idx[k], or k // group_size without `g_idx`.
+in and out are multiples of 32 / gcd(b, 32).
+
+Traps. Stored zeros are z - 1, under one of several rules (`zeros.RULES`): the producer in `meta`
+decides, `--zero-rule` overrides. `desc_act` is a claim; act order is what `g_idx` says. Negative
+scales are normal. `group_size: -1` is one group. `dynamic` maps regexes to overrides; the first
+that `re.match`es a module path wins and `-:` leaves a module in full precision.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from math import gcd
+from typing import Any
+
+import numpy as np
+
+from ..block import Keys, dense_linears, dense_modules, modules_with, parts_of, stated_group_size
+from ..errors import QplugError, raise_all
+from ..format import Block, Capacity, Format, Headers, Peek, Written
+from ..layout import FLOATS, Holds, Layout, Packing, Part
+from ..scheme import ModelScheme, Scheme
+from ..version import __version__
+
+BITS = (2, 3, 4, 8)
+UNSUPPORTED = {
+    "gptq_p": "planar packing",
+    "marlin": "Marlin tiles",
+    "bitblas": "BitBLAS tiles",
+}
+"""Values of `checkpoint_format` that are known and have no layout here."""
+
+
+def layout(scheme: Scheme) -> Layout:
+    """Return the stored tensors of one linear; `g_idx` only where the scheme stores one."""
+    packing = Packing(scheme.bits)
+    parts = [
+        Part(
+            name="qweight",
+            holds=Holds.CODES,
+            dtype="I32",
+            stream="out inp -> out inp",
+            packing=packing,
+            stored="out w -> w out",
+        ),
+        Part(
+            name="qzeros",
+            holds=Holds.ZEROS,
+            dtype="I32",
+            stream="out group -> group out",
+            packing=packing,
+            rule=scheme.zero_rule,
+        ),
+        Part(
+            name="scales",
+            holds=Holds.SCALES,
+            dtype=scheme.scale_dtype,
+            stream="out group -> group out",
+        ),
+    ]
+    if scheme.has_g_idx:
+        parts.append(Part(name="g_idx", holds=Holds.G_IDX, dtype="I32", stream="inp -> inp"))
+    return Layout(tuple(parts))
+
+
+def multiple(bits: int) -> int:
+    """Return what in_features and out_features must be multiples of: whole words."""
+    return 32 // gcd(bits, 32)
+
+
+def checkpoint_format(block: Block | None) -> str | None:
+    """Return the value of `checkpoint_format` (or `format`), lower case; None if not GPTQ."""
+    block = block or {}
+    method = block.get("quant_method") or block.get("method")
+    if isinstance(method, str) and method.lower() != "gptq":
+        return None
+    value = block.get("checkpoint_format") or block.get("format")
+    if block.get("is_marlin_format") is True:
+        value = "marlin"
+    if not isinstance(value, str):
+        return "gptq"
+    return value.lower()
+
+
+def _looks_like_gptq(headers: Headers) -> bool:
+    """Whether some linear is stored the GPTQ way: `scales` as wide as `qweight`."""
+    for module in modules_with(headers, "qweight"):
+        parts = parts_of(headers, module, ("qweight", "scales"))
+        shapes = [parts[n].shape for n in parts]
+        return (
+            len(shapes) == 2
+            and parts["qweight"].dtype == "I32"
+            and shapes[0][-1:] == shapes[1][-1:]
+        )
+    return False
+
+
+def claims(block: Block | None, headers: Headers) -> bool:
+    """Whether this is a v1 checkpoint (or one of an unknown `checkpoint_format`)."""
+    if block and (block.get("quant_method") or block.get("method")):
+        return checkpoint_format(block) not in (None, "gptq_v2")
+    return _looks_like_gptq(headers) and checkpoint_format(block) != "gptq_v2"
+
+
+def producer(block: Block) -> str:
+    """Return the tool that wrote the file, e.g. `gptqmodel:5.8.0`, or an empty string."""
+    meta = block.get("meta")
+    value = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is None and isinstance(block.get("provider"), str):
+        value = block["provider"]
+    return value if isinstance(value, str) else ""
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", text.partition(":")[2])[:3])
+
+
+def zero_rule(made_by: str, bits: int, base_bits: int, dynamic: bool) -> str:
+    """Return the v1 zero rule of a producer (module docstring of `zeros`)."""
+    tool, _, release = made_by.lower().partition(":")
+    if tool != "gptqmodel":
+        return "plain"
+    version = _version(made_by) if release else (99,)
+    if bits == 3 and version < (6, 1):
+        return "legacy3"
+    if 32 % bits:
+        return "field"
+    if dynamic and bits != base_bits and 32 % base_bits == 0 and version < (7, 3, 2):
+        return f"word:{base_bits}"
+    return "word"
+
+
+def _overrides(
+    keys: Keys, dynamic: Mapping[str, Any]
+) -> Callable[[str], Mapping[str, Any] | None]:
+    """Compile `dynamic`: module -> overrides, `None` for a module left in full precision."""
+    rules = []
+    for text, values in dynamic.items():
+        skip = text.startswith("-:")
+        try:
+            pattern = re.compile(text.removeprefix("-:").removeprefix("+:"))
+        except re.error as error:
+            keys.problem("dynamic", f"{text!r}: {error}", "a regular expression")
+            continue
+        if not skip and not isinstance(values, Mapping):
+            keys.problem("dynamic", f"{values!r} for {text!r}", "an object of overrides")
+            continue
+        rules.append((pattern, None if skip else values))
+
+    def overrides(module: str) -> Mapping[str, Any] | None:
+        for pattern, values in rules:
+            if pattern.match(module):
+                return values
+        return {}
+
+    return overrides
+
+
+def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
+    """Return the `read` of the v1 or v2 format; `rules` chooses the zero rule."""
+
+    def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
+        keys = Keys(block)
+        block = keys.block
+        kind = checkpoint_format(block)
+        if kind in UNSUPPORTED or kind not in ("gptq", "gptq_v2"):
+            what = UNSUPPORTED.get(kind or "", "an unknown packing")
+            raise QplugError(
+                f"{kind!r} ({what})",
+                "quantization_config.checkpoint_format",
+                "gptq or gptq_v2",
+                "save it again with checkpoint_format gptq_v2 in the tool that wrote it",
+            )
+        bits = keys.get(int, "bits", "w_bit", "wbits")
+        group_size = keys.get(int, "group_size", "q_group_size")
+        sym = keys.get(bool, "sym")
+        desc_act = keys.get(bool, "desc_act", default=False)
+        word = keys.get(str, "pack_dtype", default="int32")
+        dynamic = keys.get(dict, "dynamic", default={})
+        if bits is None and not keys.problems:
+            keys.problem("bits", "no such key", f"one of {BITS}")
+        elif bits is not None and bits not in BITS:
+            keys.problem("bits", f"{bits}", f"one of {BITS}")
+        if group_size is not None and (group_size == 0 or group_size < -1):
+            keys.problem("group_size", f"{group_size}", "-1 or a positive number")
+        if word != "int32":
+            keys.problem("pack_dtype", f"{word!r}", "'int32'")
+        overrides = _overrides(keys, dynamic)
+        raise_all(keys.problems)
+
+        made_by = producer(block)
+        modules = modules_with(headers, "qweight")
+        if not modules:
+            raise QplugError(
+                "no `*.qweight` tensor", "the checkpoint's headers", "quantized linears"
+            )
+        problems: list[QplugError] = []
+        linears: dict[str, Scheme] = {}
+        flag_without, order_without = [], []
+        for module in modules:
+            own = overrides(module)
+            if own is None:
+                problems.append(
+                    QplugError(
+                        "a quantized linear",
+                        f"{module}.qweight",
+                        "full precision (a `-:` rule of dynamic matches)",
+                        "remove the rule from the config",
+                    )
+                )
+                continue
+            mine = Keys(own, f"quantization_config.dynamic for {module}")
+            scheme = _linear(
+                module,
+                headers,
+                peek,
+                problems,
+                bits=mine.get(int, "bits", default=bits),
+                group_size=mine.get(int, "group_size", default=group_size),
+                sym=mine.get(bool, "sym", default=sym is not False),
+                desc_act=mine.get(bool, "desc_act", default=desc_act),
+            )
+            problems += mine.problems
+            if scheme is None:
+                continue
+            rule = rules(made_by, scheme.bits, bits, bool(dynamic))
+            linears[module] = replace(scheme, zero_rule=rule)
+            if scheme.desc_act and not scheme.act_order:
+                flag_without.append(module)
+            if scheme.act_order and not scheme.desc_act:
+                order_without.append(module)
+        raise_all(problems)
+        notes = []
+        if flag_without:
+            notes.append(
+                f"desc_act is true but g_idx is in order in {_some(flag_without)}: "
+                "no act order, and engines that go by the flag refuse the file for nothing"
+            )
+        if order_without:
+            notes.append(
+                f"desc_act is false but g_idx is not in order in {_some(order_without)}: "
+                "engines that go by the flag read wrong weights"
+            )
+        return ModelScheme(name, linears, dense_modules(headers), made_by, tuple(notes), block)
+
+    return read
+
+
+def _some(modules: list[str]) -> str:
+    return modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"
+
+
+def _linear(
+    module: str,
+    headers: Headers,
+    peek: Peek,
+    problems: list[QplugError],
+    *,
+    bits: int,
+    group_size: int | None,
+    sym: bool,
+    desc_act: bool,
+) -> Scheme | None:
+    """Read one linear; headers decide, the config must agree."""
+    stored = parts_of(headers, module, ("qweight", "qzeros", "scales", "g_idx"))
+    where = f"{module}.qweight"
+    if bits not in BITS:
+        problems.append(QplugError(f"{bits} bits", where, f"one of {BITS}"))
+        return None
+    for name, dims in (("qweight", 2), ("scales", 2)):
+        if name not in stored:
+            problems.append(QplugError("no such tensor", f"{module}.{name}", f"a {dims}-D tensor"))
+            return None
+        if len(stored[name].shape) != dims or 0 in stored[name].shape:
+            problems.append(
+                QplugError(str(stored[name]), f"{module}.{name}", f"a {dims}-D tensor, not empty")
+            )
+            return None
+    rows, out = stored["qweight"].shape
+    groups = stored["scales"].shape[0]
+    inp = Fraction(rows * 32, bits)
+    if "g_idx" in stored and len(stored["g_idx"].shape) == 1 and stored["g_idx"].shape[0] != inp:
+        length = stored["g_idx"].shape[0]
+        likely = next((b for b in BITS if rows * 32 == length * b), None)
+        fix = f"the file looks like {likely}-bit" if likely else "the shard is damaged"
+        problems.append(
+            QplugError(
+                str(stored["qweight"]), where, f"I32[{length * bits // 32}, {out}] for {bits} bits "
+                f"and a g_idx of {length}", fix,
+            )
+        )
+        return None
+    if inp.denominator != 1:
+        problems.append(QplugError(str(stored["qweight"]), where, f"whole words of {bits} bits"))
+        return None
+    in_features = int(inp)
+    if group_size is None:
+        if in_features % groups:
+            problems.append(
+                QplugError("no such key", "quantization_config.group_size", "a positive number")
+            )
+            return None
+        group_size = in_features // groups
+    size = in_features if group_size == -1 else group_size
+    if size <= 0:
+        problems.append(QplugError(f"group_size {group_size}", where, "-1 or a positive number"))
+        return None
+    size = min(size, in_features)
+    scale_dtype = stored["scales"].dtype
+    if scale_dtype not in FLOATS:
+        problems.append(QplugError(str(stored["scales"]), f"{module}.scales", " or ".join(FLOATS)))
+        return None
+    scheme = Scheme(
+        out,
+        in_features,
+        bits,
+        size,
+        sym=sym,
+        desc_act=desc_act,
+        has_g_idx="g_idx" in stored,
+        scale_dtype=scale_dtype,
+    )
+    wrong = layout(scheme).check(
+        module,
+        scheme.sizes,
+        stored,
+        f"the config says {bits} bits, group_size {group_size}; the tensors must agree",
+    )
+    if wrong:
+        problems += wrong
+        return None
+    if scheme.has_g_idx:
+        g_idx = peek(f"{module}.g_idx")
+        if g_idx.min() < 0 or g_idx.max() >= groups:
+            problems.append(
+                QplugError(
+                    f"values from {g_idx.min()} to {g_idx.max()}",
+                    f"{module}.g_idx",
+                    f"0 to {groups - 1}",
+                )
+            )
+            return None
+        in_order = np.array_equal(g_idx, np.arange(in_features) // size)
+        scheme = replace(scheme, act_order=not in_order)
+    return scheme
+
+
+def adopt(scheme: Scheme, rule: str = "plain") -> Scheme:
+    """Restate a scheme as GPTQ writes it: a g_idx always, zeros by the rule all readers share."""
+    return replace(scheme, has_g_idx=True, zero_rule=rule, desc_act=scheme.act_order)
+
+
+def write_as(kind: str) -> Callable[[ModelScheme], Written]:
+    """Return the `write` of the v1 or v2 format: config block and quantize_config.json."""
+
+    def write(model: ModelScheme) -> Written:
+        group_of = stated_group_size(model.linears.values())
+        stated = {
+            module: (scheme.bits, group_of(scheme), scheme.symmetric)
+            for module, scheme in model.linears.items()
+        }
+        base = Counter(stated.values()).most_common(1)[0][0]
+        bits, group_size, sym = base
+        dynamic: dict[str, dict[str, object]] = {}
+        for module in dense_linears(model.dense):
+            if module.rpartition(".")[2] != "lm_head":
+                dynamic[f"-:^{re.escape(module)}$"] = {}
+        for module, values in stated.items():
+            if values != base:
+                dynamic[f"+:^{re.escape(module)}$"] = dict(
+                    zip(("bits", "group_size", "sym"), values, strict=True)
+                )
+        block: dict[str, object] = {
+            "bits": bits,
+            "group_size": group_size,
+            "desc_act": any(scheme.act_order for scheme in model.linears.values()),
+            "sym": sym,
+            "lm_head": any(name.endswith("lm_head") for name in model.linears),
+            "quant_method": "gptq",
+            "checkpoint_format": kind,
+            "format": kind,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"qplug:{__version__}"], "static_groups": False},
+        }
+        if dynamic:
+            block["dynamic"] = dynamic
+        return Written(block, {"quantize_config.json": block})
+
+    return write
+
+
+FORMAT = Format(
+    name="gptq",
+    aliases=("gptq_v1",),
+    title="GPTQ v1 (AutoGPTQ, GPTQModel): zeros stored minus one",
+    capacity=Capacity(
+        bits=BITS,
+        zeros=lambda bits: (1, (1 << bits) - 1),
+        act_order=True,
+        ragged=True,
+        scale_dtypes=("F16",),
+        in_multiple=multiple,
+        out_multiple=multiple,
+    ),
+    claims=claims,
+    layout=layout,
+    read=read_as(zero_rule, "gptq"),
+    adopt=adopt,
+    write=write_as("gptq"),
+)

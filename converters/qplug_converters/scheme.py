@@ -1,0 +1,98 @@
+"""The numbers of one quantized linear, and of a whole model: no layout, no file, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroFacts:
+    """What the stored zeros of a linear really are, as values subtracted.
+
+    `midpoint` counts those equal to 2^(bits-1); `at_maxq` counts stored fields equal to
+    2^bits - 1, the only ones on which readers of GPTQ v1 files disagree.
+    """
+
+    lowest: int
+    highest: int
+    midpoint: int
+    count: int
+    at_maxq: int = 0
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero is the midpoint."""
+        return self.midpoint == self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How one linear is quantized.
+
+    `group_size` is always positive (channelwise is `in_features`). `sym` and `desc_act` are what
+    the config claims; `act_order` is the fact read from `g_idx`, and `zeros`, once surveyed, the
+    facts about the zeros. `has_g_idx` says that the file stores a `g_idx`, needed or not.
+    """
+
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    sym: bool = False
+    desc_act: bool = False
+    act_order: bool = False
+    has_g_idx: bool = False
+    scale_dtype: str = "F16"
+    zero_rule: str = "as_is"
+    zeros: ZeroFacts | None = None
+    scales_fit_f16: bool | None = None
+
+    @property
+    def groups(self) -> int:
+        """Number of groups; the last one may be short."""
+        return -(-self.in_features // self.group_size)
+
+    @property
+    def midpoint(self) -> int:
+        """The zero of a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def symmetric(self) -> bool:
+        """The fact where the zeros were surveyed, else what the config claims."""
+        return self.zeros.symmetric if self.zeros is not None else self.sym
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the axes `out`, `inp`, `group` of a `Layout`."""
+        return {"out": self.out_features, "inp": self.in_features, "group": self.groups}
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    def describe(self) -> str:
+        """Return e.g. `4-bit asym g128`."""
+        group = "channel" if self.group_size == self.in_features else f"g{self.group_size}"
+        order = " act-order" if self.act_order else ""
+        return f"{self.bits}-bit {'sym' if self.symmetric else 'asym'} {group}{order}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScheme:
+    """Which module of a model has which scheme, as read from one checkpoint.
+
+    `dense` are modules with a 2-D `weight` that are not quantized (embeddings included).
+    `producer` is the tool that wrote the file, as the file names it. `notes` are contradictions
+    that do not stop a conversion, one sentence each. `block` is the raw quantization config.
+    """
+
+    format: str
+    linears: Mapping[str, Scheme]
+    dense: tuple[str, ...] = ()
+    producer: str = ""
+    notes: tuple[str, ...] = ()
+    block: Mapping[str, Any] = field(default_factory=dict)
