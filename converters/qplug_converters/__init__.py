@@ -1,0 +1,1 @@
+"""What a quantized checkpoint means, and how one becomes another."""
