@@ -1,0 +1,232 @@
+"""Carry out a plan: read parts, decode, move, encode, write, one block of rows at a time.
+
+Memory is bounded by a block of `BLOCK` codes, never by a linear. The certificate and the config
+are written last; the folder gets its name when everything is on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import moves
+from .checkpoint import Checkpoint
+from .codec import decode, encode
+from .errors import QplugError
+from .layout import Holds, Layout, Part, TensorSpec
+from .plan import Plan, Step
+from .scheme import Scheme
+from .version import __version__
+from .weight import QuantizedWeight
+from .writer import MAX_SHARD, Writer
+
+BLOCK = 1 << 26
+"""Codes decoded at a time: 64 MB of codes, about 300 MB with everything derived from them."""
+
+CERTIFICATE = "qplug-certificate.json"
+
+Progress = Callable[[int, int, str], None]
+"""`(bytes done, bytes in all, what)`, called from the thread that called `execute`."""
+
+
+def stored_names(layout: Layout, module: str) -> list[str]:
+    """Return the names of the tensors of one linear."""
+    return [f"{module}.{part.name}" for part in layout]
+
+
+def output_specs(plan: Plan, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """Return every tensor of the converted checkpoint, in the order of the source's files."""
+    specs: dict[str, TensorSpec] = {}
+    owner: dict[str, Step] = {}
+    for step in plan.steps:
+        for name in stored_names(plan.source.layout(step.source), step.module):
+            owner[name] = step
+    written = set()
+    for name, spec in checkpoint.headers.items():
+        if name not in owner:
+            specs[name] = spec
+            continue
+        step = owner[name]
+        if step.module in written:
+            continue
+        written.add(step.module)
+        for part, target in plan.target.layout(step.target).specs(step.target.sizes).items():
+            new = f"{step.module}.{part}"
+            if new in checkpoint.headers and new not in owner:
+                raise QplugError(
+                    "a tensor that the target needs for something else", new,
+                    "no tensor of this name beside a quantized linear",
+                )
+            specs[new] = target
+    return specs
+
+
+def rows_of(part: Part, tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Return output rows `start` to `stop` of a stored tensor as a view."""
+    axis = part.axis("out")
+    if axis is None:
+        return tensor
+    if part.packing is not None and part.packed_axis == axis:
+        factor = part.packing.factor
+        first, last = start / factor, -(-stop // factor)
+        return tensor.narrow(axis, int(first), int(last) - int(first))
+    return tensor.narrow(axis, start, stop - start)
+
+
+def blocks_of(scheme: Scheme, *layouts: Layout, most: int = BLOCK) -> list[tuple[int, int]]:
+    """Cut the output rows into blocks of at most `most` codes that cut no word of any layout."""
+    step = max(layout.row_step() for layout in layouts)
+    rows = max(step, most // scheme.in_features // step * step)
+    return [
+        (at, min(at + rows, scheme.out_features)) for at in range(0, scheme.out_features, rows)
+    ]
+
+
+def read_rows(
+    checkpoint: Checkpoint, layout: Layout, scheme: Scheme, module: str, start: int, stop: int
+) -> QuantizedWeight:
+    """Decode output rows `start` to `stop` of a linear."""
+    stored = {
+        part.name: rows_of(part, checkpoint.tensor(f"{module}.{part.name}"), start, stop)
+        for part in layout
+    }
+    try:
+        return decode(layout, replace(scheme, out_features=stop - start), stored)
+    except QplugError as error:
+        error.where = f"{module}.{error.where}" if error.where else module
+        raise
+
+
+def _convert(plan: Plan, checkpoint: Checkpoint, writer: Writer, step: Step) -> int:
+    """Convert one linear; return the bytes written."""
+    source, target = plan.source.layout(step.source), plan.target.layout(step.target)
+    specs = target.specs(step.target.sizes)
+    total = sum(spec.nbytes for spec in specs.values())
+    if source == target and not step.moves:
+        for part in source:
+            name = f"{step.module}.{part.name}"
+            writer.copy(name, checkpoint.locations[name])
+        return total
+    blocks = blocks_of(step.source, source, target)
+    whole = len(blocks) == 1
+    views = {} if whole else {n: writer.view(f"{step.module}.{n}") for n in specs}
+    for start, stop in blocks:
+        weight = read_rows(checkpoint, source, step.source, step.module, start, stop)
+        weight = moves.apply(step.moves, weight)
+        try:
+            if whole:
+                for name, tensor in encode(target, weight).items():
+                    writer.put(f"{step.module}.{name}", tensor)
+            else:
+                out = {p.name: rows_of(p, views[p.name], start, stop) for p in target}
+                encode(target, weight, out)
+        except QplugError as error:
+            error.where = f"{step.module}.{error.where}" if error.where else step.module
+            raise
+    return total
+
+
+def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return config.json and the side files of the converted checkpoint."""
+    config = dict(checkpoint.config)
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and "quantization_config" in text:
+        config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
+    if plan.copied_whole:
+        block = dict(checkpoint.block or {})
+        side = {n: block for n in ("quantize_config.json",) if (checkpoint.folder / n).exists()}
+        return {**config, "quantization_config": block}, side
+    written = plan.target.write(plan.goal)
+    config.pop("quantization_config", None)
+    if written.block is not None:
+        config["quantization_config"] = dict(written.block)
+    else:
+        for key in ("dtype", "torch_dtype"):
+            if key in config or key == "dtype":
+                config[key] = plan.wishes.dtype
+    return config, {name: dict(block) for name, block in written.side_files.items()}
+
+
+def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the plan promises of every linear, as `qplug-certificate.json` holds it."""
+    return {
+        "tool": f"qplug {__version__}",
+        "source": {
+            "format": plan.source.name,
+            "producer": plan.model.producer,
+            "files": {shard.name: shard.stat().st_size for shard in checkpoint.shards},
+            "notes": list(plan.model.notes),
+        },
+        "target": plan.target.name,
+        "verdict": plan.verdict.name,
+        "linears": {
+            step.module: {
+                "verdict": step.verdict.name,
+                "from": step.source.describe(),
+                "to": step.target.describe(),
+                "zero_rule": step.source.zero_rule,
+                "moves": [str(move) for move in step.moves],
+                "reason": step.reason,
+            }
+            for step in plan.steps
+        },
+    }
+
+
+def execute(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    target: Path,
+    *,
+    progress: Progress | None = None,
+    max_shard: int = MAX_SHARD,
+    workers: int = 1,
+) -> Path:
+    """Convert a checkpoint into the new folder `target`.
+
+    Raises
+    ------
+    QplugError
+        If the source is damaged, a value cannot be held, or the disk refuses. Nothing is left
+        behind then.
+    """
+    config, side_files = converted_config(plan, checkpoint)
+    specs = output_specs(plan, checkpoint)
+    total = sum(spec.nbytes for spec in specs.values())
+    touched = {
+        name for s in plan.steps for name in stored_names(plan.source.layout(s.source), s.module)
+    }
+    done = 0
+
+    def advance(size: int, what: str) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total, what)
+
+    with Writer(target, specs, plan.target.shard_stem, max_shard) as writer:
+        with ThreadPoolExecutor(workers) as pool:
+            sizes = pool.map(lambda s: _convert(plan, checkpoint, writer, s), plan.steps)
+            for step, size in zip(plan.steps, sizes, strict=True):
+                advance(size, step.module)
+        for name, spec in checkpoint.headers.items():
+            if name not in touched:
+                writer.copy(name, checkpoint.locations[name])
+                advance(spec.nbytes, name)
+        for path in checkpoint.other_files:
+            writer.file(path)
+        for name, block in side_files.items():
+            writer.json(name, block)
+        writer.json("config.json", config)
+        writer.json(CERTIFICATE, certificate(plan, checkpoint))
+        return writer.commit()
+
+
+def has_codes(layout: Layout) -> bool:
+    """Whether a layout holds codes on a grid (dense does not)."""
+    return layout.part(Holds.CODES) is not None
