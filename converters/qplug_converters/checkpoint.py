@@ -130,8 +130,10 @@ def read_header(path: Path) -> tuple[dict[str, Location], dict[str, str]]:
             raise QplugError(f"dtype {dtype!r}", where, f"one of {', '.join(ITEMSIZE)}")
         if end - begin != ITEMSIZE[dtype] * prod(shape):
             raise QplugError(
-                f"{end - begin} bytes", where, f"{ITEMSIZE[dtype] * prod(shape)} for "
-                f"{TensorSpec(dtype, shape)}", damaged,
+                f"{end - begin} bytes",
+                where,
+                f"{ITEMSIZE[dtype] * prod(shape)} for {TensorSpec(dtype, shape)}",
+                damaged,
             )
         spans.append((begin, end, where))
         found[tensor] = Location(path, start + begin, TensorSpec(dtype, shape))
@@ -142,7 +144,9 @@ def read_header(path: Path) -> tuple[dict[str, Location], dict[str, str]]:
         at = end
     if start + at != size:
         raise QplugError(
-            f"{size - start} bytes of data", name, f"{at} (the shard is truncated or padded)",
+            f"{size - start} bytes of data",
+            name,
+            f"{at} (the shard is truncated or padded)",
             damaged,
         )
     return found, metadata if isinstance(metadata, dict) else {}
@@ -248,7 +252,9 @@ class Checkpoint:
         problems = []
         for name, file in self._weight_map.items():
             if name not in self.locations:
-                problems.append(QplugError("no such tensor", f"{file}: {name}", "as the index says"))
+                problems.append(
+                    QplugError("no such tensor", f"{file}: {name}", "as the index says")
+                )
             elif self.locations[name].file.name != file:
                 problems.append(
                     QplugError(f"in {self.locations[name].file.name}", name, f"in {file} (index)")
@@ -416,7 +422,8 @@ def _force_rule(model: ModelScheme, found: Format, rule: str) -> ModelScheme:
     """Replace the zero rule of every linear, if the rule is defined for it."""
     if found.name != "gptq":
         raise QplugError(
-            f"--zero-rule with a {found.name} checkpoint", expected="a GPTQ v1 checkpoint",
+            f"--zero-rule with a {found.name} checkpoint",
+            expected="a GPTQ v1 checkpoint",
             fix="leave out --zero-rule",
         )
     linears = {}

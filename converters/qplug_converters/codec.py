@@ -28,12 +28,19 @@ TORCH_DTYPES = {
 }  # fmt: skip
 """torch's dtype for safetensors' names."""
 
-_ROUTES: dict[tuple[str, str], dict[str, bool]] = {
-    ("out inp -> out inp", ""): {"transposed": False, "codes_transposed": False},
-    ("out inp -> out inp", "out w -> w out"): {"transposed": True, "codes_transposed": False},
-    ("out inp -> inp out", ""): {"transposed": False, "codes_transposed": True},
+_ROUTES: dict[tuple[str, str], tuple[bool, bool]] = {
+    ("out inp -> out inp", ""): (False, False),
+    ("out inp -> out inp", "out w -> w out"): (True, False),
+    ("out inp -> inp out", ""): (False, True),
 }
-"""Patterns of codes that the whole-word routes know."""
+"""Patterns of codes that the whole-word routes know: are words, are codes transposed?"""
+
+
+def _route(part: Part) -> tuple[bool, bool] | None:
+    """Return how the whole-word routes run a packed part, or `None` if they do not know it."""
+    if part.holds is not Holds.CODES or part.packing is None or part.packing.word != "I32":
+        return None
+    return _ROUTES.get((part.stream, part.stored))
 
 
 def _swap(pattern: str) -> str:
@@ -48,12 +55,18 @@ def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
     stored dtype, `g_idx` as int32 `[in]`.
     """
     if part.packing is None:
-        plain = rearrange(stored, _swap(part.stream))
+        plain: Tensor = rearrange(stored, _swap(part.stream))
         return plain.contiguous()
-    route = _ROUTES.get((part.stream, part.stored)) if part.holds is Holds.CODES else None
-    if route is not None and part.packing.word == "I32":
-        count = sizes["out"] if route["codes_transposed"] else sizes["inp"]
-        return words.unpack(stored, part.packing.bits, count, order=part.packing.order, **route)
+    if (route := _route(part)) is not None:
+        transposed, codes_transposed = route
+        return words.unpack(
+            stored,
+            part.packing.bits,
+            sizes["out"] if codes_transposed else sizes["inp"],
+            order=part.packing.order,
+            transposed=transposed,
+            codes_transposed=codes_transposed,
+        )
     return _literal_unpack(part, stored, sizes).to(stored.device)
 
 
@@ -75,9 +88,16 @@ def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
     if part.packing is None:
         stored = rearrange(values, part.stream).to(TORCH_DTYPES[part.dtype])
     else:
-        route = _ROUTES.get((part.stream, part.stored)) if part.holds is Holds.CODES else None
-        if route is not None and part.packing.word == "I32":
-            return words.pack(values, part.packing.bits, order=part.packing.order, out=out, **route)
+        if (route := _route(part)) is not None:
+            transposed, codes_transposed = route
+            return words.pack(
+                values,
+                part.packing.bits,
+                order=part.packing.order,
+                transposed=transposed,
+                codes_transposed=codes_transposed,
+                out=out,
+            )
         stored = _literal_pack(part, values)
     return stored.contiguous() if out is None else out.copy_(stored)
 
@@ -161,7 +181,9 @@ def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if not bool(torch.isfinite(rounded).all()):
         largest = float(weight.abs().max())
         raise QplugError(
-            f"a weight of {largest:g}", "the dequantized weights", f"values that {dtype} can hold",
+            f"a weight of {largest:g}",
+            "the dequantized weights",
+            f"values that {dtype} can hold",
             "use --dtype bfloat16 or float32",
         )
     return rounded

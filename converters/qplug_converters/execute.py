@@ -18,7 +18,7 @@ from . import moves
 from .checkpoint import Checkpoint
 from .codec import decode, encode
 from .errors import QplugError
-from .layout import Holds, Layout, Part, TensorSpec
+from .layout import Layout, Part, TensorSpec
 from .plan import Plan, Step
 from .scheme import Scheme
 from .version import __version__
@@ -59,7 +59,8 @@ def output_specs(plan: Plan, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
             new = f"{step.module}.{part}"
             if new in checkpoint.headers and new not in owner:
                 raise QplugError(
-                    "a tensor that the target needs for something else", new,
+                    "a tensor that the target needs for something else",
+                    new,
                     "no tensor of this name beside a quantized linear",
                 )
             specs[new] = target
@@ -82,9 +83,7 @@ def blocks_of(scheme: Scheme, *layouts: Layout, most: int = BLOCK) -> list[tuple
     """Cut the output rows into blocks of at most `most` codes that cut no word of any layout."""
     step = max(layout.row_step() for layout in layouts)
     rows = max(step, most // scheme.in_features // step * step)
-    return [
-        (at, min(at + rows, scheme.out_features)) for at in range(0, scheme.out_features, rows)
-    ]
+    return [(at, min(at + rows, scheme.out_features)) for at in range(0, scheme.out_features, rows)]
 
 
 def read_rows(
@@ -102,7 +101,11 @@ def read_rows(
         raise
 
 
-def _convert(plan: Plan, checkpoint: Checkpoint, writer: Writer, step: Step) -> int:
+Rows = Callable[[Step, int, int], QuantizedWeight]
+"""`(step, start, stop)`: output rows of a linear as they are before the step's moves."""
+
+
+def _convert(plan: Plan, checkpoint: Checkpoint, writer: Writer, step: Step, read: Rows) -> int:
     """Convert one linear; return the bytes written."""
     source, target = plan.source.layout(step.source), plan.target.layout(step.target)
     specs = target.specs(step.target.sizes)
@@ -116,7 +119,7 @@ def _convert(plan: Plan, checkpoint: Checkpoint, writer: Writer, step: Step) -> 
     whole = len(blocks) == 1
     views = {} if whole else {n: writer.view(f"{step.module}.{n}") for n in specs}
     for start, stop in blocks:
-        weight = read_rows(checkpoint, source, step.source, step.module, start, stop)
+        weight = read(step, start, stop)
         weight = moves.apply(step.moves, weight)
         try:
             if whole:
@@ -183,11 +186,14 @@ def execute(
     checkpoint: Checkpoint,
     target: Path,
     *,
+    rows: Rows | None = None,
     progress: Progress | None = None,
     max_shard: int = MAX_SHARD,
     workers: int = 1,
 ) -> Path:
     """Convert a checkpoint into the new folder `target`.
+
+    `rows` supplies the linears where they are made rather than decoded (quantizers).
 
     Raises
     ------
@@ -195,6 +201,12 @@ def execute(
         If the source is damaged, a value cannot be held, or the disk refuses. Nothing is left
         behind then.
     """
+
+    def decoded(step: Step, start: int, stop: int) -> QuantizedWeight:
+        layout = plan.source.layout(step.source)
+        return read_rows(checkpoint, layout, step.source, step.module, start, stop)
+
+    read = rows or decoded
     config, side_files = converted_config(plan, checkpoint)
     specs = output_specs(plan, checkpoint)
     total = sum(spec.nbytes for spec in specs.values())
@@ -211,7 +223,7 @@ def execute(
 
     with Writer(target, specs, plan.target.shard_stem, max_shard) as writer:
         with ThreadPoolExecutor(workers) as pool:
-            sizes = pool.map(lambda s: _convert(plan, checkpoint, writer, s), plan.steps)
+            sizes = pool.map(lambda s: _convert(plan, checkpoint, writer, s, read), plan.steps)
             for step, size in zip(plan.steps, sizes, strict=True):
                 advance(size, step.module)
         for name, spec in checkpoint.headers.items():
@@ -225,8 +237,3 @@ def execute(
         writer.json("config.json", config)
         writer.json(CERTIFICATE, certificate(plan, checkpoint))
         return writer.commit()
-
-
-def has_codes(layout: Layout) -> bool:
-    """Whether a layout holds codes on a grid (dense does not)."""
-    return layout.part(Holds.CODES) is not None

@@ -162,9 +162,7 @@ def make_plan(
     return Plan(source, target, model, steps, wishes)
 
 
-def _step(
-    module: str, scheme: Scheme, source: Format, target: Format, wishes: Wishes
-) -> Step:
+def _step(module: str, scheme: Scheme, source: Format, target: Format, wishes: Wishes) -> Step:
     """Find the cheapest sequence of exact moves to what the target can hold."""
     if target.capacity is None:
         goal = replace(target.adopt(scheme), scale_dtype=dense.DTYPES[wishes.dtype])
@@ -220,21 +218,18 @@ def _bits(goal: Scheme, target: Format, wishes: Wishes, moves: list[Move]) -> Sc
             _ways_out(goal),
         )
     if bits > goal.bits:
-        if goal.symmetric and goal.zeros is not None:
-            wishes_sym = True
-        else:
-            wishes_sym = wishes.sym
+        symmetric = wishes.sym or (goal.zeros is not None and goal.symmetric)
         # A symmetric grid stays symmetric when it is widened: engines that take only symmetric
         # files would otherwise refuse what was one before.
-        name = "symmetrize" if wishes_sym else "widen"
+        name = "symmetrize" if symmetric else "widen"
         moves.append(Move(name, bits))
         facts = goal.zeros
-        if facts is not None and wishes_sym:
+        if facts is not None and symmetric:
             mid = 1 << (bits - 1)
             facts = ZeroFacts(mid, mid, facts.count, facts.count)
         elif facts is not None:
             facts = replace(facts, midpoint=0, at_maxq=0)
-        return replace(goal, bits=bits, zeros=facts, sym=wishes_sym)
+        return replace(goal, bits=bits, zeros=facts, sym=symmetric)
     return goal
 
 
@@ -291,7 +286,7 @@ def _zeros(goal: Scheme, target: Format, wishes: Wishes, moves: list[Move]) -> S
             goal,
             Verdict.REQUANTIZED,
             f"zeros differ from the midpoint, and {goal.bits}-bit codes leave no room to shift",
-            f"--bits 8 with --sym is exact" if goal.bits == 4 else "leave out --sym",
+            "--bits 8 with --sym is exact" if goal.bits == 4 else "leave out --sym",
         )
     low, high = target.capacity.zeros(goal.bits)
     if facts.lowest >= low and facts.highest <= high:

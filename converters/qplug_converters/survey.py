@@ -81,7 +81,8 @@ def survey(checkpoint: Checkpoint, found: Format, model: ModelScheme) -> ModelSc
     for module, scheme in model.linears.items():
         layout = found.layout(scheme)
         part, scales = layout.part(Holds.ZEROS), layout.part(Holds.SCALES)
-        assert part is not None and scales is not None
+        assert part is not None
+        assert scales is not None
         rule = scheme.zero_rule
         facts = _facts(checkpoint, module, part, scheme, rule)
         if scheme.sym and not facts.symmetric:
@@ -128,7 +129,7 @@ def survey(checkpoint: Checkpoint, found: Format, model: ModelScheme) -> ModelSc
         )
     if retried:
         notes.append(
-            f"zeros of {len(retried)} symmetric linears are midpoints only by rule `{retried[0][1]}`"
+            f"zeros of {len(retried)} symmetric linears are midpoints by rule `{retried[0][1]}` only"
         )
     for rule, count in ambiguous.items():
         notes.append(

@@ -64,7 +64,9 @@ class Writer:
     def __enter__(self) -> Self:
         if self.target.exists() or self.target.is_symlink():
             raise QplugError(
-                "a folder that exists", str(self.target), "a new name",
+                "a folder that exists",
+                str(self.target),
+                "a new name",
                 "remove it first, or choose another name",
             )
         try:
@@ -111,7 +113,9 @@ class Writer:
             spec = self._specs[name]
             end = at + spec.nbytes
             header[name] = {
-                "dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, end],
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [at, end],
             }
             at = end
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -135,7 +139,7 @@ class Writer:
         place = self._places[name]
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         with _disk_errors(place.file, place.spec.nbytes):
-            _write(self._files[place.file], memoryview(raw), place.offset)
+            _write(self._files[place.file], raw.data, place.offset)
 
     def view(self, name: str) -> Tensor:
         """Return a tensor as a writable view of the file, for linears too large for memory."""
@@ -158,8 +162,11 @@ class Writer:
                 step = min(_COPY_STEP, end - at)
                 try:
                     done = os.copy_file_range(
-                        file.fileno(), self._files[place.file], step,
-                        source.offset + at, place.offset + at,
+                        file.fileno(),
+                        self._files[place.file],
+                        step,
+                        source.offset + at,
+                        place.offset + at,
                     )
                 except OSError:
                     done = 0
@@ -248,7 +255,7 @@ def _write(file: int, data: bytes | memoryview, at: int) -> None:
         view, at = view[done:], at + done
 
 
-class _disk_errors:  # noqa: N801 (reads as a statement)
+class _disk_errors:
     """Turn the system's refusals into an error that says how much was to be written."""
 
     def __init__(self, path: Path, size: int) -> None:

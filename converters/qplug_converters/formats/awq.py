@@ -114,8 +114,7 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
         flat = [n for n, s in stored.items() if len(s.shape) != 2 or 0 in s.shape]
         if flat:
             problems += [
-                QplugError(str(stored[n]), f"{module}.{n}", "a 2-D tensor, not empty")
-                for n in flat
+                QplugError(str(stored[n]), f"{module}.{n}", "a 2-D tensor, not empty") for n in flat
             ]
             continue
         in_features, words = stored["qweight"].shape

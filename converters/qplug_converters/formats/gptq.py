@@ -147,9 +147,7 @@ def zero_rule(made_by: str, bits: int, base_bits: int, dynamic: bool) -> str:
     return "word"
 
 
-def _overrides(
-    keys: Keys, dynamic: Mapping[str, Any]
-) -> Callable[[str], Mapping[str, Any] | None]:
+def _overrides(keys: Keys, dynamic: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any] | None]:
     """Compile `dynamic`: module -> overrides, `None` for a module left in full precision."""
     rules = []
     for text, values in dynamic.items():
@@ -302,8 +300,10 @@ def _linear(
         fix = f"the file looks like {likely}-bit" if likely else "the shard is damaged"
         problems.append(
             QplugError(
-                str(stored["qweight"]), where, f"I32[{length * bits // 32}, {out}] for {bits} bits "
-                f"and a g_idx of {length}", fix,
+                str(stored["qweight"]),
+                where,
+                f"I32[{length * bits // 32}, {out}] for {bits} bits and a g_idx of {length}",
+                fix,
             )
         )
         return None

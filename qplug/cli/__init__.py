@@ -1,0 +1,60 @@
+"""The command line: one thin file a command, one printer, exit codes in one place.
+
+Exit codes: 0 done and as promised; 1 bad input or environment; 2 wrong usage; 3 the answer is no.
+Commands import their work inside the function, so that `--help` stays fast and torch is loaded
+only by what needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from . import render
+
+COMMANDS = ("inspect", "convert", "verify", "quantize", "formats", "doctor")
+
+
+class _Commands(click.Group):
+    """Commands by name, each in its own module, loaded when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"{__name__}.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="qplug")
+def group() -> None:
+    """Convert quantized checkpoints between layouts, and prove what changed."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    from qplug_converters.errors import QplugError
+
+    as_json = "--json" in (sys.argv[1:] if argv is None else argv)
+    try:
+        result: Any = group.main(args=argv, prog_name="qplug", standalone_mode=False)
+    except QplugError as error:
+        render.error(error, as_json=as_json)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        render.warn("interrupted; nothing was left behind")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(result if isinstance(result, int) else 0)

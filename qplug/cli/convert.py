@@ -1,0 +1,164 @@
+"""`qplug convert`: from any layout to any other, with its plan and its proof."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import render
+from .options import json_option, parse_size
+
+if TYPE_CHECKING:
+    from qplug_converters.plan import Plan
+
+
+@click.command()
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--from", "source", metavar="FORMAT", help="Format of SRC (default: detected).")
+@click.option(
+    "--to", "target", metavar="FORMAT", required=True, help="Format of DST (`qplug formats`)."
+)
+@click.option("--bits", type=int, help="Widen every linear to this many bits.")
+@click.option("--group-size", type=int, help="Split groups to this many inputs.")
+@click.option("--sym", is_flag=True, help="Shift codes until zeros are symmetric (needs --bits).")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Dtype of dense weights.",
+)
+@click.option("--zero-rule", metavar="RULE", help="How GPTQ v1 zeros were stored.")
+@click.option(
+    "--allow",
+    type=click.Choice(["exact", "rounded", "requantized"]),
+    default="rounded",
+    show_default=True,
+    help="The worst that may happen to a weight.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Cut shards at this size.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--verify", "prove", is_flag=True, help="Read both again and compare every weight.")
+@json_option
+def command(
+    src: Path,
+    dst: Path,
+    source: str | None,
+    target: str,
+    bits: int | None,
+    group_size: int | None,
+    sym: bool,
+    dtype: str,
+    zero_rule: str | None,
+    allow: str,
+    max_shard_size: str,
+    dry_run: bool,
+    prove: bool,
+    as_json: bool,
+) -> int:
+    """Convert the checkpoint in SRC into the new folder DST.
+
+    The plan says of each linear whether its bytes are copied, its weights stay exact, or are
+    rounded within a stated bound; what is worse needs --allow. DST appears only when complete.
+    """
+    from qplug_converters import formats
+    from qplug_converters.checkpoint import open_checkpoint
+    from qplug_converters.errors import QplugError
+    from qplug_converters.plan import Verdict, Wishes, make_plan
+    from qplug_converters.survey import survey
+
+    wanted = formats.find(source) if source is not None else None
+    to = formats.find(target)
+    most = parse_size(max_shard_size)
+    checkpoint = open_checkpoint(src)
+    found, model = checkpoint.scheme(wanted, zero_rule)
+    model = survey(checkpoint, found, model)
+    wishes = Wishes(bits=bits, group_size=group_size, sym=sym, dtype=dtype)
+    plan = make_plan(found, model, to, wishes)
+    if not as_json:
+        _show(plan)
+    answer: dict[str, Any] = {"plan": plan_json(plan)}
+    refusal: QplugError | None = None
+    try:
+        plan.refuse_above(Verdict[allow.upper()])
+    except QplugError as error:
+        refusal = error
+    if dry_run:
+        if as_json:
+            render.data(answer)
+        if refusal is not None:
+            render.error(refusal)
+            return refusal.exit_code
+        return 0
+    if refusal is not None:
+        raise refusal
+
+    from qplug_converters.execute import execute
+    from qplug_converters.verify import verify
+
+    started = time.perf_counter()
+    with render.progress("convert") as progress:
+        execute(plan, checkpoint, dst, progress=progress, max_shard=most)
+    answer["seconds"] = round(time.perf_counter() - started, 3)
+    answer["output"] = str(dst)
+    if not as_json:
+        render.say(f"wrote {dst} in {render.seconds(started)}")
+    code = 0
+    if prove:
+        started = time.perf_counter()
+        with render.progress("verify") as progress:
+            proof = verify(open_checkpoint(src), open_checkpoint(dst), progress=progress)
+        from .verify import show
+
+        answer["proof"] = proof.as_json()
+        if not as_json:
+            show(proof, started)
+        promised = proof.verdict <= max(plan.verdict, Verdict.EXACT) and not proof.problems
+        code = 0 if promised else 3
+    if as_json:
+        render.data(answer)
+    return code
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON values."""
+    return {
+        "from": plan.source.name,
+        "to": plan.target.name,
+        "verdict": plan.verdict.name,
+        "counts": {verdict.name: count for verdict, count in plan.counts.items()},
+        "producer": plan.model.producer,
+        "notes": list(plan.model.notes),
+        "linears": [
+            {
+                "module": step.module,
+                "verdict": step.verdict.name,
+                "from": step.source.describe(),
+                "to": step.target.describe(),
+                "zero_rule": step.source.zero_rule,
+                "moves": [str(move) for move in step.moves],
+                "reason": step.reason,
+            }
+            for step in plan.steps
+        ],
+    }
+
+
+def _show(plan: Plan) -> None:
+    """Print the plan: one line per kind of step."""
+    kinds: dict[tuple[str, ...], int] = {}
+    for step in plan.steps:
+        after = "dense" if plan.target.capacity is None else step.target.describe()
+        key = (step.verdict.name, step.source.describe(), after, step.reason)
+        kinds[key] = kinds.get(key, 0) + 1
+    render.say(f"{plan.source.name} to {plan.target.name}: {plan.verdict.name}")
+    render.table(
+        ("linears", "verdict", "from", "to", "how"),
+        [(count, *key) for key, count in kinds.items()],
+    )
+    for note in plan.model.notes:
+        render.warn(note)

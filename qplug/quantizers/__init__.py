@@ -1,0 +1,149 @@
+"""Quantizers: one file an algorithm; weights in, a `QuantizedWeight` out, never a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qplug_converters.block import dense_linears, dense_modules
+from qplug_converters.checkpoint import Checkpoint
+from qplug_converters.errors import QplugError
+from qplug_converters.execute import Progress, execute
+from qplug_converters.format import Format
+from qplug_converters.formats import dense
+from qplug_converters.layout import FLOATS
+from qplug_converters.plan import Plan, Step, Verdict, Wishes
+from qplug_converters.scheme import ModelScheme, Scheme
+from qplug_converters.weight import QuantizedWeight
+from qplug_converters.writer import MAX_SHARD
+
+from . import rtn
+
+Quantizer = Callable[[Tensor, Scheme, tuple[int, int]], QuantizedWeight]
+"""`(weight float [rows, in], scheme, lowest and highest zero) -> QuantizedWeight`."""
+
+QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn.quantize}
+"""Every algorithm by the name that `--method` takes."""
+
+_KEPT = ("lm_head", "gate", "router", "score", "classifier", "shared_expert_gate")
+"""Last components of linears that stay dense: heads, and routers whose errors flip experts."""
+_KEPT_TOWERS = ("visual", "vision", "audio", "multi_modal", "mm_projector")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeReport:
+    """What was quantized and how well.
+
+    `errors` are relative Frobenius errors |W - Q| / |W| per linear; `relative_error` is that of
+    all linears together.
+    """
+
+    scheme: str
+    errors: dict[str, float]
+    relative_error: float
+    left_dense: tuple[str, ...]
+
+    @property
+    def worst(self) -> str:
+        """The linear with the largest error."""
+        return max(self.errors, key=lambda module: self.errors[module])
+
+
+def linears_of(checkpoint: Checkpoint) -> list[str]:
+    """Return the linears of the language model's blocks, by the names in use.
+
+    Raises
+    ------
+    QplugError
+        If the checkpoint is quantized already, or stores linears transposed (GPT-2's Conv1D).
+    """
+    if checkpoint.detect().read is not None:
+        raise QplugError(
+            f"a {checkpoint.detect().name} checkpoint",
+            str(checkpoint.folder),
+            "full precision",
+            "`qplug convert` changes the layout of quantized weights",
+        )
+    kind = checkpoint.config.get("model_type")
+    if kind in ("gpt2", "imagegpt", "openai-gpt"):
+        raise QplugError(f"model_type {kind!r}", "config.json", "linears stored as [out, in]")
+    return [
+        module
+        for module in dense_linears(dense_modules(checkpoint.headers))
+        if module.rpartition(".")[2] not in _KEPT
+        and not any(tower in module for tower in _KEPT_TOWERS)
+        and checkpoint.headers[f"{module}.weight"].dtype in FLOATS
+    ]
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    target_folder: Path,
+    target: Format,
+    quantizer: Quantizer,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    progress: Progress | None = None,
+    max_shard: int = MAX_SHARD,
+) -> QuantizeReport:
+    """Quantize the linears of a full-precision checkpoint into a new folder.
+
+    A linear whose shape the target cannot hold stays dense and is reported.
+
+    Raises
+    ------
+    QplugError
+        If the target cannot hold the scheme at all, or the checkpoint is no dense one.
+    """
+    holds = target.capacity
+    if holds is None or bits not in holds.bits:
+        offered = f"one of {holds.bits}" if holds else "a quantized format"
+        raise QplugError(f"--bits {bits} for {target.name}", expected=offered)
+    if group_size != -1 and group_size < 1:
+        raise QplugError(f"--group-size {group_size}", expected="-1 or a positive number")
+    steps, left, reasons = [], [], []
+    for module in linears_of(checkpoint):
+        out, inp = checkpoint.headers[f"{module}.weight"].shape
+        size = inp if group_size == -1 else min(group_size, inp)
+        scheme = Scheme(out, inp, bits, size, sym=sym, scale_dtype=holds.scale_dtypes[0])
+        goal = target.adopt(scheme)
+        if reason := target.cannot(goal):
+            left.append(module)
+            reasons.append(reason)
+            continue
+        steps.append(Step(module, Verdict.REQUANTIZED, scheme, goal, reason="quantized"))
+    if not steps:
+        raise QplugError(
+            reasons[0] if reasons else "no linear to quantize",
+            str(checkpoint.folder),
+            fix="choose another --group-size or --to",
+        )
+    taken = {step.module for step in steps}
+    stay = tuple(m for m in dense_modules(checkpoint.headers) if m not in taken)
+    model = ModelScheme("dense", {s.module: s.source for s in steps}, stay)
+    plan = Plan(dense.FORMAT, target, model, tuple(steps), Wishes(bits=bits))
+    span = holds.zeros(bits)
+    squares: dict[str, tuple[float, float]] = {}
+
+    def rows(step: Step, start: int, stop: int) -> QuantizedWeight:
+        weight = checkpoint.tensor(f"{step.module}.weight")[start:stop].float()
+        if not bool(torch.isfinite(weight).all()):
+            raise QplugError("weights that are NaN or infinite", f"{step.module}.weight", "numbers")
+        found = quantizer(weight, step.source, span)
+        error = float((weight - found.dequantize()).double().square().sum())
+        before = squares.get(step.module, (0.0, 0.0))
+        norm = float(weight.double().square().sum())
+        squares[step.module] = (before[0] + error, before[1] + norm)
+        return found
+
+    execute(plan, checkpoint, target_folder, rows=rows, progress=progress, max_shard=max_shard)
+    errors = {m: (e / n) ** 0.5 if n else 0.0 for m, (e, n) in squares.items()}
+    whole = sum(n for _, n in squares.values())
+    relative = (sum(e for e, _ in squares.values()) / whole) ** 0.5 if whole else 0.0
+    return QuantizeReport(steps[0].target.describe(), errors, relative, tuple(left))
