@@ -6,6 +6,7 @@ whatever interpreter the user has.
 Usage: python3 check_machine.py VENV [demo|test]
 """
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -74,10 +75,7 @@ def problems(venv):
             f"Python is {platform.python_version()}; 3.11 or newer is needed: "
             "make PYTHON=python3.11 ..."
         )
-    try:
-        import ensurepip
-        import venv as _venv
-    except ImportError:
+    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         found.append("Python's venv module is missing: install your system's python3-venv")
     memory = memory_bytes()
     if memory and memory < MEMORY:

