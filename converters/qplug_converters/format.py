@@ -40,6 +40,8 @@ class Capacity:
         Whether the last group may be short.
     scale_dtypes
         Dtypes of scales that the format's readers take; the first is preferred.
+    uniform
+        Whether the config can name one group size only, for the whole model.
     in_multiple, out_multiple
         What in_features and out_features must be multiples of at given bits.
     """
@@ -51,6 +53,7 @@ class Capacity:
     scale_dtypes: tuple[str, ...]
     in_multiple: Callable[[int], int]
     out_multiple: Callable[[int], int]
+    uniform: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import gcd
 
+from .block import stated_group_size
 from .errors import QplugError, Refused, Unsupported
 from .format import Format
 from .formats import dense
@@ -159,7 +160,20 @@ def make_plan(
     steps = tuple(
         _step(module, scheme, source, target, wishes) for module, scheme in model.linears.items()
     )
+    if holds is not None and holds.uniform and not (source is target and wishes.none):
+        steps = _uniform(steps, source, target, wishes)
     return Plan(source, target, model, steps, wishes)
+
+
+def _uniform(
+    steps: tuple[Step, ...], source: Format, target: Format, wishes: Wishes
+) -> tuple[Step, ...]:
+    """Split groups further where the target's config can name one group size only."""
+    group_of = stated_group_size(step.target for step in steps)
+    if len({group_of(step.target) for step in steps}) == 1:
+        return steps
+    common = replace(wishes, group_size=gcd(*(step.target.group_size for step in steps)))
+    return tuple(_step(s.module, s.source, source, target, common) for s in steps)
 
 
 def _step(module: str, scheme: Scheme, source: Format, target: Format, wishes: Wishes) -> Step:

@@ -129,7 +129,7 @@ def survey(checkpoint: Checkpoint, found: Format, model: ModelScheme) -> ModelSc
         )
     if retried:
         notes.append(
-            f"zeros of {len(retried)} symmetric linears are midpoints by rule `{retried[0][1]}` only"
+            f"zeros of {len(retried)} symmetric linears are midpoints by rule `{retried[0][1]}`"
         )
     for rule, count in ambiguous.items():
         notes.append(

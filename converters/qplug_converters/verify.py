@@ -147,12 +147,12 @@ def verify(
             else:
                 equal += 1
     problems += _configs(a, b)
-    notes = [
-        f"{side.checkpoint.folder.name}: {note}"
-        for side in (a, b)
-        if side.model is not None
-        for note in side.model.notes
-    ]
+    known = a.model.notes if a.model is not None else ()
+    new = [n for n in (b.model.notes if b.model is not None else ()) if n not in known]
+    # What the first already contradicts itself about is its own affair; what only the second
+    # does, somebody changed.
+    problems += [f"config of the second: {note}" for note in new]
+    notes = list(known)
     worst = max((r.verdict for r in reports), default=Verdict.EXACT)
     return Certificate(worst, tuple(reports), weights, equal, tuple(problems), tuple(notes))
 

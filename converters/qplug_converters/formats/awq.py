@@ -85,13 +85,13 @@ def claims(block: Block | None, headers: Headers) -> bool:
 def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
     """Read the schemes of a checkpoint; headers decide, the config must agree."""
     keys = Keys(block)
-    bits = keys.get(int, "bits", "w_bit", default=4)
+    bits = keys.get(int, "bits", "w_bit", default=None if block else 4)
     group_size = keys.get(int, "group_size", "q_group_size")
     zero_point = keys.get(bool, "zero_point", default=True)
     version = keys.get(str, "version", "format", default="gemm")
-    keys.get(list, "modules_to_not_convert")
+    skip = keys.get(list, "modules_to_not_convert", default=[])
     if bits != 4:
-        keys.problem("bits", f"{bits}", "4, the only width AWQ has")
+        keys.problem("bits", f"{bits}" if bits else "no such key", "4, the only width AWQ has")
     if version.lower() != "gemm":
         keys.problem("version", f"{version!r}", "'gemm', the layout this version reads")
     if group_size is not None and (group_size == 0 or group_size < -1):
@@ -158,7 +158,12 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
         problems += wrong
         linears[module] = scheme
     raise_all(keys.problems + problems)
-    return ModelScheme("awq", linears, dense_modules(headers), "", (), keys.block)
+    notes = [
+        f"modules_to_not_convert has {entry!r}, which readers also find in {hit}, quantized"
+        for entry in skip
+        if (hit := next((m for m in linears if str(entry) in m), None)) is not None
+    ]
+    return ModelScheme("awq", linears, dense_modules(headers), "", tuple(notes), keys.block)
 
 
 def adopt(scheme: Scheme) -> Scheme:
@@ -215,6 +220,7 @@ FORMAT = Format(
         scale_dtypes=("F16",),
         in_multiple=lambda bits: 1,
         out_multiple=lambda bits: 8,
+        uniform=True,
     ),
     claims=claims,
     layout=layout,

@@ -244,6 +244,16 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
                 flag_without.append(module)
             if scheme.act_order and not scheme.desc_act:
                 order_without.append(module)
+        some_have = any(scheme.has_g_idx for scheme in linears.values())
+        for module, scheme in linears.items():
+            if not scheme.has_g_idx and (some_have or (scheme.desc_act and scheme.groups > 1)):
+                problems.append(
+                    QplugError(
+                        "no such tensor",
+                        f"{module}.g_idx",
+                        f"I32[{scheme.in_features}], as other linears or desc_act promise",
+                    )
+                )
         raise_all(problems)
         notes = []
         if flag_without:

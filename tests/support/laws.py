@@ -1,0 +1,252 @@
+"""The laws of a layout, stated once; `test_laws.py` runs them over every format and many schemes.
+
+A new format gets all of them without a new line here: schemes are drawn from its `capacity`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qplug_converters import codec
+from qplug_converters.checkpoint import Checkpoint, open_checkpoint, read_header
+from qplug_converters.codec import TORCH_DTYPES, decode, encode
+from qplug_converters.errors import QplugError
+from qplug_converters.execute import blocks_of, rows_of
+from qplug_converters.format import Format
+from qplug_converters.layout import TensorSpec
+from qplug_converters.scheme import ModelScheme, Scheme
+from qplug_converters.survey import survey
+from qplug_converters.verify import verify
+from qplug_converters.weight import AffineGrid, QuantizedWeight
+from qplug_converters.writer import Writer
+
+MODULES = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
+
+
+@st.composite
+def schemes(draw: st.DrawFn, target: Format) -> Scheme:
+    """Draw a scheme that `target` can hold, small, with every freedom its capacity gives."""
+    holds = target.capacity
+    assert holds is not None
+    bits = draw(st.sampled_from(holds.bits))
+    step_in, step_out = holds.in_multiple(bits), holds.out_multiple(bits)
+    inp = step_in * draw(st.integers(1, max(1, 192 // step_in)))
+    out = step_out * draw(st.integers(1, max(1, 96 // step_out)))
+    if holds.ragged:
+        group = draw(st.integers(1, inp))
+    else:
+        group = draw(st.sampled_from([d for d in range(1, inp + 1) if inp % d == 0]))
+    scheme = Scheme(out, inp, bits, group, scale_dtype=draw(st.sampled_from(holds.scale_dtypes)))
+    act_order = holds.act_order and scheme.groups > 1 and draw(st.booleans())
+    return target.adopt(replace(scheme, act_order=act_order, desc_act=act_order))
+
+
+def weight_of(scheme: Scheme, target: Format, seed: int) -> QuantizedWeight:
+    """Make a weight of a scheme: every code and zero that the format can hold may occur."""
+    assert target.capacity is not None
+    rng = torch.Generator().manual_seed(seed)
+    out, inp, groups = scheme.out_features, scheme.in_features, scheme.groups
+    codes = torch.randint(0, 1 << scheme.bits, (out, inp), generator=rng, dtype=torch.uint8)
+    low, high = target.capacity.zeros(scheme.bits)
+    zeros = torch.randint(low, high + 1, (out, groups), generator=rng).to(torch.int16)
+    if scheme.sym:
+        zeros.fill_(scheme.midpoint)
+    scales = torch.randn(out, groups, generator=rng).clamp(-8, 8)
+    scales = (scales.sign() * scales.abs().clamp(min=0.01)).to(TORCH_DTYPES[scheme.scale_dtype])
+    g_idx = None
+    if scheme.act_order:
+        g_idx = (torch.arange(inp) // scheme.group_size)[torch.randperm(inp, generator=rng)]
+        if torch.equal(g_idx, torch.arange(inp) // scheme.group_size):
+            g_idx = g_idx.flip(0)
+        g_idx = g_idx.to(torch.int32)
+    return QuantizedWeight(codes, scheme.bits, AffineGrid(scales, zeros, scheme.group_size, g_idx))
+
+
+def same(one: QuantizedWeight, two: QuantizedWeight) -> bool:
+    """Whether two weights are equal field by field, dtypes included."""
+    pairs = [
+        (one.codes, two.codes),
+        (one.grid.scales, two.grid.scales),
+        (one.grid.zeros, two.grid.zeros),
+    ]
+    if (one.grid.g_idx is None) != (two.grid.g_idx is None):
+        return False
+    if one.grid.g_idx is not None and two.grid.g_idx is not None:
+        pairs.append((one.grid.g_idx, two.grid.g_idx))
+    return (
+        one.bits == two.bits
+        and one.grid.group_size == two.grid.group_size
+        and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    )
+
+
+def specs_of(stored: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """Return dtype and shape of tensors in safetensors' terms."""
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    return {n: TensorSpec(names[t.dtype], tuple(t.shape)) for n, t in stored.items()}
+
+
+# The laws of one linear -------------------------------------------------------------------------
+
+
+def round_trip(target: Format, scheme: Scheme, weight: QuantizedWeight) -> None:
+    """decode(encode(w)) = w, and the stored tensors have the predicted names, dtypes, shapes."""
+    layout = target.layout(scheme)
+    stored = encode(layout, weight)
+    assert specs_of(stored) == layout.specs(scheme.sizes)
+    assert layout.check("m", scheme.sizes, specs_of(stored)) == []
+    assert same(decode(layout, scheme, stored), weight)
+
+
+def blocks_equal_whole(target: Format, scheme: Scheme, weight: QuantizedWeight) -> None:
+    """Encoding and decoding by blocks of rows gives what the whole gives."""
+    layout = target.layout(scheme)
+    whole = encode(layout, weight)
+    parts = {n: torch.full_like(t, 1) for n, t in whole.items()}
+    for start, stop in blocks_of(scheme, layout, most=scheme.in_features):
+        out = {p.name: rows_of(p, parts[p.name], start, stop) for p in layout}
+        encode(layout, weight.rows(start, stop), out)
+        block = replace(scheme, out_features=stop - start)
+        got = decode(
+            layout, block, {p.name: rows_of(p, whole[p.name], start, stop) for p in layout}
+        )
+        assert same(got, weight.rows(start, stop))
+    assert all(torch.equal(parts[n], whole[n]) for n in whole)
+
+
+def fast_equals_literal(target: Format, scheme: Scheme, weight: QuantizedWeight) -> None:
+    """The whole-word routes equal the patterns executed as they are written."""
+    for part in target.layout(scheme):
+        if part.packing is None:
+            continue
+        values = weight.codes if part.holds.value == "codes" else weight.grid.zeros
+        literal = codec._literal_pack(part, values)
+        fast = codec.pack_part(part, values)
+        assert torch.equal(fast, literal)
+        assert torch.equal(
+            codec.unpack_part(part, fast, scheme.sizes),
+            codec._literal_unpack(part, literal, scheme.sizes),
+        )
+
+
+# Whole checkpoints ------------------------------------------------------------------------------
+
+
+def write(
+    folder: Path,
+    target: Format,
+    linears: Mapping[str, tuple[Scheme, QuantizedWeight]],
+    rest: Mapping[str, Tensor] | None = None,
+    config: Mapping[str, Any] | None = None,
+    max_shard: int = 1 << 30,
+) -> Checkpoint:
+    """Write a checkpoint folder of quantized linears and other tensors, and open it."""
+    if rest is None:
+        rest = {
+            "model.norm.weight": torch.ones(8),
+            "model.layers.0.self_attn.k_scale": torch.ones(1),
+        }
+    tensors = {
+        f"{module}.{name}": tensor
+        for module, (scheme, weight) in linears.items()
+        for name, tensor in encode(target.layout(scheme), weight).items()
+    } | dict(rest)
+    model = ModelScheme(target.name, {m: s for m, (s, _) in linears.items()})
+    written = target.write(model)
+    with Writer(folder, specs_of(tensors), target.shard_stem, max_shard) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor)
+        for name, block in written.side_files.items():
+            writer.json(name, block)
+        block = {"quantization_config": dict(written.block)} if written.block else {}
+        writer.json("config.json", {"model_type": "llama", **(config or {}), **block})
+        writer.commit()
+    return open_checkpoint(folder)
+
+
+def read_gives_what_was_written(
+    checkpoint: Checkpoint, target: Format, linears: Mapping[str, Scheme]
+) -> ModelScheme:
+    """The format is detected, and config and headers read back as the schemes written."""
+    found, model = checkpoint.scheme()
+    assert found is target
+    assert dict(model.linears) == dict(linears)
+    return survey(checkpoint, found, model)
+
+
+def sizes_are_predicted(checkpoint: Checkpoint, target: Format, model: ModelScheme) -> None:
+    """The bytes a layout predicts are the bytes in the file."""
+    for module, scheme in model.linears.items():
+        for name, spec in target.layout(scheme).specs(scheme.sizes).items():
+            location = checkpoint.locations[f"{module}.{name}"]
+            assert location.spec == spec
+            assert location.spec.nbytes == len(checkpoint.raw(f"{module}.{name}"))
+
+
+# Mutations --------------------------------------------------------------------------------------
+
+
+def found(original: Checkpoint, mutated: Path) -> str | None:
+    """Return how a mutated copy is found out, or `None` if it passes for the original."""
+    try:
+        proof = verify(original, open_checkpoint(mutated))
+    except QplugError as error:
+        return f"check: {error}"
+    return None if proof.same else "verify"
+
+
+def tensor_mutations(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield (tensor, kind, seed) for every stored tensor and every kind of damage."""
+    for shard in sorted(folder.glob("*.safetensors")):
+        for name in read_header(shard)[0]:
+            for kind in ("bit", "drop", "dtype", "shape"):
+                yield name, kind, len(name)
+
+
+def mutate_tensor(source: Path, target: Path, name: str, kind: str, seed: int) -> None:
+    """Copy a folder and damage one tensor in it."""
+    shutil.copytree(source, target)
+    shard = next(s for s in sorted(target.glob("*.safetensors")) if name in read_header(s)[0])
+    raw = bytearray(shard.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    begin, end = header[name]["data_offsets"]
+    body = raw[8 + length :]
+    entry = header[name]
+    if kind == "bit":
+        at = begin + int(np.random.default_rng(seed).integers(end - begin))
+        body[at] ^= 0x10
+    elif kind == "drop":
+        del header[name], body[begin:end]
+        for other in header.values():
+            if "data_offsets" in other and other["data_offsets"][0] >= end:
+                other["data_offsets"] = [o - (end - begin) for o in other["data_offsets"]]
+    elif kind == "dtype":
+        twins = {"I32": "F32", "F32": "I32", "F16": "BF16", "BF16": "F16", "I16": "F16", "U8": "I8"}
+        entry["dtype"] = twins[entry["dtype"]]
+    else:
+        entry["shape"] = [1, *entry["shape"]]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + bytes(body))
+
+
+def mutate_config(source: Path, target: Path, key: str, value: Any) -> None:
+    """Copy a folder and change one key of its quantization config, in every file that has it."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (target / "config.json").write_text(json.dumps(config))
+    side = target / "quantize_config.json"
+    if side.exists():
+        side.write_text(json.dumps(config["quantization_config"]))
