@@ -4,11 +4,13 @@
 runs it. A kernel is one file and one line here; its place is its preference.
 """
 
-from . import dense, reference
+from . import cpu_int4, cpu_int4_wna16, dense, reference
 from .linear import Prepared, apply_linear, prepare
 from .problem import Choice, Kernel, Problem, choose
 
 KERNELS: tuple[Kernel, ...] = (
+    cpu_int4_wna16.KERNEL,
+    cpu_int4.KERNEL,
     dense.KERNEL,
     reference.KERNEL,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import gcd
 
 import torch
@@ -27,11 +28,12 @@ CPU_FEATURES = {
 """What `torch.cpu` is asked; the functions are private and absent from some versions."""
 
 OPTIONAL_OPS = {
-    "int4pack": ("aten", "_weight_int4pack_mm_for_cpu"),
-    "unpack_rows": ("quantized", "embedding_bag_4bit_unpack"),
-    "wna16": ("_C", "cpu_gemm_wna16"),
+    "int4pack": ("aten", "_weight_int4pack_mm_for_cpu", 4),
+    "unpack_rows": ("quantized", "embedding_bag_4bit_unpack", 1),
+    "wna16": ("_C", "cpu_gemm_wna16", 8),
 }
-"""Operations that a kernel needs and a build, or a process without vLLM, may not have."""
+"""Operations that a kernel needs and a build, or a process without vLLM, may not have: namespace,
+name, number of arguments (`cpu_gemm_wna16` had nine before vLLM 0.30)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,11 @@ class Problem:
         """Return e.g. `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def machine(self) -> str:
+        """Return e.g. `x86_64 with avx2, avx512`."""
+        return f"{self.arch} with {', '.join(sorted(self.features)) or 'none of them'}"
+
     @staticmethod
     def here(
         weight: QuantizedWeight, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -144,13 +151,20 @@ def _arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+@cache
 def _cpu_features() -> frozenset[str]:
     asked = {name: getattr(torch.cpu, ask, None) for name, ask in CPU_FEATURES.items()}
-    return frozenset(name for name, ask in asked.items() if ask is not None and ask())
+    found = frozenset(name for name, ask in asked.items() if ask is not None and ask())
+    # Linux lets a process use AMX only after it has asked. oneDNN asks at its first bfloat16
+    # matmul; an operation that runs before that (vLLM's, which does not) dies of SIGILL.
+    if "amx" in found and not torch.cpu._init_amx():
+        return found - {"amx"}
+    return found
 
 
-def _has(namespace: str, op: str) -> bool:
-    return hasattr(getattr(torch.ops, namespace), op)
+def _has(namespace: str, op: str, arguments: int) -> bool:
+    found = getattr(getattr(torch.ops, namespace), op, None)
+    return found is not None and len(found.default._schema.arguments) == arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
