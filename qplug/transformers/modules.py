@@ -1,0 +1,346 @@
+"""Which module of a model takes which linear of a checkpoint: decided, and checked, before a swap.
+
+Headers decide what is quantized, names go through the loader's own renaming, and everything that
+does not fit is one error. Afterwards it would be too late: Transformers fills what it misses with
+uninitialized memory or random numbers, and says so only in a report in the log.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from qplug_converters.checkpoint import Location, read_header
+from qplug_converters.errors import QplugError, Unsupported, raise_all
+from qplug_converters.format import Format
+from qplug_converters.formats import FORMATS
+from qplug_converters.layout import TensorSpec
+from qplug_converters.scheme import ModelScheme, Scheme
+
+from . import compat
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""Names of stored tensors that belong to a quantized linear and to nothing else."""
+
+ROLES = {
+    "gate_proj": "gate", "w1": "gate",
+    "up_proj": "up", "w3": "up",
+    "down_proj": "down", "w2": "down",
+}  # fmt: skip
+"""What checkpoints call the three linears of an expert."""
+
+_EXPERT = re.compile(r"^(?P<owner>.+)\.(?P<number>\d+)\.(?P<name>\w+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A linear of the checkpoint and the path in the model it is loaded at.
+
+    `owner`, `number` and `role` are set for one linear of an expert, whose model class holds all
+    experts fused.
+    """
+
+    stem: str
+    path: str
+    scheme: Scheme
+    bias: bool
+    owner: str = ""
+    number: int = 0
+    role: str = ""
+
+
+class Shards:
+    """The files that Transformers is about to load: headers, and the small tensors that decide."""
+
+    def __init__(self, files: list[str]) -> None:
+        self.locations: dict[str, Location] = {}
+        problems = []
+        for file in map(Path, files):
+            found, _ = read_header(file)
+            for name in self.locations.keys() & found.keys():
+                first = self.locations[name].file.name
+                problems.append(QplugError(f"in {first} and {file.name}", name, "one such tensor"))
+            self.locations.update(found)
+        raise_all(problems)
+        self.headers = {name: location.spec for name, location in self.locations.items()}
+
+    def peek(self, name: str) -> NDArray[np.generic]:
+        """Read one small tensor of integers or IEEE floats."""
+        at = self.locations[name]
+        kinds = {"I": "i", "U": "u", "F": "f"}
+        dtype = np.dtype(f"<{kinds[at.spec.dtype[0]]}{int(at.spec.dtype[1:]) // 8}")
+        with at.file.open("rb") as file:
+            file.seek(at.offset)
+            raw = file.read(at.spec.nbytes)
+        return np.frombuffer(raw, dtype).reshape(at.spec.shape)
+
+
+def read_model(block: Mapping[str, Any], shards: Shards) -> tuple[Format, ModelScheme]:
+    """Read what the checkpoint says: the same function as `qplug inspect` uses.
+
+    Raises
+    ------
+    QplugError
+        If it is of no known format, damaged, or its config contradicts its tensors.
+    """
+    known = next((f for f in FORMATS if f.read and f.claims(block, shards.headers)), None)
+    if known is None or known.read is None:
+        raise Unsupported(
+            f"quant_method {block.get('quant_method')!r}",
+            "quantization_config",
+            f"one of {', '.join(f.name for f in FORMATS if f.read)}",
+        )
+    return known, known.read(block, shards.headers, shards.peek)
+
+
+class _Names:
+    """The loader's renaming, asked in advance."""
+
+    def __init__(self, model: Any) -> None:
+        self.prefix = model.base_model_prefix
+        self.renamings, self.converters = compat.renamings_of(model)
+        self.known: dict[str, bool] = dict.fromkeys(model.state_dict(), True)
+
+    def of(self, key: str, known: Mapping[str, bool] | None = None) -> tuple[str, str | None]:
+        """Return the model's name for a tensor, and the pattern of a converter that takes it."""
+        known = self.known if known is None else known
+        return compat.loader_name(key, self.renamings, self.converters, self.prefix, known)
+
+    def module(self, stem: str) -> str:
+        """Return the model's name for a module that has a weight there."""
+        key = f"{stem}.weight"
+        name, _ = compat.loader_name(key, self.renamings, [], self.prefix, self.known)
+        return name.removesuffix(".weight")
+
+    def filled(self, headers: Mapping[str, TensorSpec]) -> set[str]:
+        """Return the names in the model that the checkpoint's tensors fill as they are."""
+        found = set()
+        for key in headers:
+            name, pattern = self.of(key)
+            found.add(name)
+            for converter in self.converters if pattern is not None else ():
+                if pattern in converter.source_patterns:
+                    first, *others = converter.target_patterns
+                    found.update(name.replace(first, other) for other in others)
+        return found
+
+
+def plan_swaps(
+    model: Any, linears: Mapping[str, Scheme], headers: Mapping[str, TensorSpec]
+) -> list[Swap]:
+    """Find the module for every quantized linear, and check everything about it.
+
+    Linears that the model has no place for are left to the loader, which reports them as
+    unexpected: a model without a head is loaded from a checkpoint with one.
+
+    Raises
+    ------
+    QplugError
+        All problems at once, the first being the error.
+    """
+    names = _Names(model)
+    tied = compat.tied_names(model)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    problems = _orphans(headers, linears, names)
+    swaps: list[Swap] = []
+    for stem, scheme in linears.items():
+        path = names.module(stem)
+        if f"{path}.weight" in names.known:
+            wrong = _check(modules[path], path, stem, scheme, headers, tied)
+            problems += wrong
+            if not wrong:
+                swaps.append(Swap(stem, path, scheme, f"{stem}.bias" in headers))
+        else:
+            expert = _expert(stem, path, scheme, names, modules, problems)
+            swaps += [expert] if expert else []
+    problems += _half_experts(swaps, modules)
+    problems += _not_where_expected(swaps, headers, names)
+    problems += _without_weights(model, swaps, headers, names, tied)
+    raise_all(problems)
+    return swaps
+
+
+def _orphans(
+    headers: Mapping[str, TensorSpec], linears: Mapping[str, Scheme], names: _Names
+) -> list[QplugError]:
+    """Find parts of a quantized linear whose codes are missing."""
+    found: dict[str, list[str]] = {}
+    for key in headers:
+        stem, _, part = key.rpartition(".")
+        if part in PARTS and stem not in linears and names.of(key)[0] not in names.known:
+            found.setdefault(stem, []).append(part)
+    return [
+        QplugError(
+            "no such tensor", f"{stem}.qweight", f"codes beside {', '.join(parts)}",
+            "the checkpoint is incomplete",
+        )
+        for stem, parts in found.items()
+    ]  # fmt: skip
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """Return (out, in) of a module that a quantized linear can stand in for, or `None`."""
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return module.out_features, module.in_features
+    if compat.is_conv1d(module):
+        inp, out = module.weight.shape  # type: ignore[misc]
+        return int(out), int(inp)
+    return None
+
+
+def _check(
+    module: nn.Module,
+    path: str,
+    stem: str,
+    scheme: Scheme,
+    headers: Mapping[str, TensorSpec],
+    tied: set[str],
+) -> list[QplugError]:
+    size = linear_size(module)
+    if size is None:
+        return [
+            QplugError(f"a quantized {type(module).__name__}", path, "a linear layer",
+                       "this version loads quantized linears only")
+        ]  # fmt: skip
+    if f"{path}.weight" in tied:
+        return [
+            QplugError("a quantized head", stem, "none: the config ties it to the embeddings",
+                       "set tie_word_embeddings to false in config.json")
+        ]  # fmt: skip
+    problems = []
+    if size != (scheme.out_features, scheme.in_features):
+        problems.append(
+            QplugError(
+                f"a weight of {scheme.out_features} x {scheme.in_features}",
+                stem,
+                f"{size[0]} x {size[1]}, as config.json makes {path}",
+                "config.json and the tensors must be of the same model",
+            )
+        )
+    spec = headers.get(f"{stem}.bias")
+    if spec is None and getattr(module, "bias", None) is not None:
+        problems.append(QplugError("no such tensor", f"{stem}.bias", f"[{size[0]}] numbers"))
+    elif spec is not None and (
+        spec.shape != (scheme.out_features,) or spec.dtype not in ("F16", "BF16", "F32")
+    ):
+        expected = f"[{scheme.out_features}] in F16, BF16 or F32"
+        problems.append(QplugError(str(spec), f"{stem}.bias", expected))
+    return problems
+
+
+def _expert(
+    stem: str,
+    path: str,
+    scheme: Scheme,
+    names: _Names,
+    modules: Mapping[str, nn.Module],
+    problems: list[QplugError],
+) -> Swap | None:
+    """Find the fused experts that a linear `<owner>.<number>.<role>` belongs to."""
+    match = _EXPERT.match(path)
+    if match is None or match["name"] not in ROLES:
+        return None
+    prefix = f"{names.prefix}."
+    owners = (match["owner"], prefix + match["owner"], match["owner"].removeprefix(prefix))
+    owner = next((o for o in owners if hasattr(modules.get(o), "gate_up_proj")), None)
+    if owner is None:
+        return None
+    module: Any = modules[owner]
+    number, role = int(match["number"]), ROLES[match["name"]]
+    plain = (
+        getattr(module, "has_gate", False)
+        and getattr(module, "is_concatenated", False)
+        and not getattr(module, "has_bias", True)
+        and not getattr(module, "is_transposed", True)
+        and hasattr(module, "_apply_gate")
+    )
+    if not plain:
+        problems.append(
+            Unsupported(f"quantized experts of {type(module).__name__}", owner,
+                        "experts with gate, up and down linears and no bias")
+        )  # fmt: skip
+        return None
+    experts, twice, hidden = module.gate_up_proj.shape
+    want = (hidden, twice // 2) if role == "down" else (twice // 2, hidden)
+    if (scheme.out_features, scheme.in_features) != want or number >= experts:
+        problems.append(
+            QplugError(
+                f"expert {number} of {scheme.out_features} x {scheme.in_features}", stem,
+                f"{experts} experts of {want[0]} x {want[1]}, as config.json makes {owner}",
+            )
+        )  # fmt: skip
+        return None
+    return Swap(stem, f"{owner}.{number}.{match['name']}", scheme, False, owner, number, role)
+
+
+def _half_experts(swaps: list[Swap], modules: Mapping[str, nn.Module]) -> list[QplugError]:
+    """Refuse fused experts of which only some are quantized."""
+    found: dict[str, set[tuple[int, str]]] = {}
+    for swap in swaps:
+        if swap.owner:
+            found.setdefault(swap.owner, set()).add((swap.number, swap.role))
+    problems = []
+    for owner, have in found.items():
+        module: Any = modules[owner]
+        count = module.gate_up_proj.shape[0]
+        want = {(n, role) for n in range(count) for role in ("gate", "up", "down")}
+        for number, role in sorted(want - have)[:1]:
+            problems.append(
+                QplugError(f"{len(have)} quantized linears", owner,
+                           f"{len(want)}; the {role} of expert {number} is missing")
+            )  # fmt: skip
+    return problems
+
+
+def _not_where_expected(
+    swaps: list[Swap], headers: Mapping[str, TensorSpec], names: _Names
+) -> list[QplugError]:
+    """Ask the loader where each stored tensor will go once the modules are swapped."""
+    stored = {
+        f"{swap.stem}.{part}": f"{swap.path}.{part}"
+        for swap in swaps
+        for part in (*PARTS, "bias")
+        if f"{swap.stem}.{part}" in headers
+    }
+    after = names.known | dict.fromkeys(stored.values(), True)
+    problems: list[QplugError] = []
+    for key, wanted in stored.items():
+        name, pattern = names.of(key, after)
+        if name != wanted or pattern is not None:
+            problems.append(
+                Unsupported(f"Transformers loads it as {name}", key, wanted,
+                            "its renaming rules for this model do not fit quantized tensors")
+            )  # fmt: skip
+    return problems
+
+
+def _without_weights(
+    model: Any,
+    swaps: list[Swap],
+    headers: Mapping[str, TensorSpec],
+    names: _Names,
+    tied: set[str],
+) -> list[QplugError]:
+    """Find linears of the base model that the checkpoint has no weights for at all.
+
+    A head outside the base model may be new: a classifier is trained on a quantized base.
+    """
+    filled = names.filled(headers) | tied | {f"{swap.path}.weight" for swap in swaps}
+    ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    base = f"{names.prefix}." if hasattr(model, names.prefix or "?") else ""
+    return [
+        QplugError("no such tensor", f"{path}.weight", "a weight, quantized or not",
+                   "the checkpoint is incomplete, or of another model")
+        for path, module in model.named_modules()
+        if path.startswith(base)
+        and linear_size(module) is not None
+        and f"{path}.weight" not in filled
+        and not any(pattern.search(f"{path}.weight") for pattern in ignored)
+    ]  # fmt: skip
