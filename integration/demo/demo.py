@@ -84,14 +84,23 @@ def show(command: list[str]) -> None:
 
 
 def run(command: list[str]) -> str:
-    """Run `command`, pass its progress through, print and return what it wrote to stdout."""
+    """Run `command`, print and return what it wrote; a terminal also sees its progress bars."""
     show(command)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    for line in done.stdout.splitlines():
-        print(f"      {line}")
-    if done.returncode != 0:
-        raise Failed(f"`{Path(command[0]).name} {command[1]}` ended with code {done.returncode}")
-    return done.stdout
+    stderr = None if sys.stderr.isatty() else subprocess.STDOUT
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                print(f"      {line}", end="", flush=True)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode != 0:
+        name = " ".join(Path(part).name for part in command[:2])
+        raise Failed(f"`{name}` ended with code {process.returncode}")
+    return "".join(lines)
 
 
 def cpu_flags() -> set[str]:
@@ -235,7 +244,7 @@ def demo(report: Report) -> None:
     fp8 = "avx512f" in flags
     dtype = "bfloat16" if flags & {"amx_tile", "avx512_bf16"} else "float16"
 
-    with report.step("SmolLM2-135M-Instruct as a dense fp16 checkpoint"), progress("working"):
+    with report.step("SmolLM2-135M-Instruct as a dense fp16 checkpoint"):
         run([sys.executable, str(ROOT / "integration/demo/make_dense.py")])
 
     with report.step("Quantize it: GPTQ, 4 bits, groups of 32, asymmetric"):
