@@ -115,12 +115,21 @@ def _check_weight(weight: QuantizedWeight) -> None:
             "grid",
             f"[{rows}, groups] each",
         )
-    if grid.g_idx is None and groups != -(-columns // grid.group_size):
-        raise QplugError(
-            f"{groups} groups of {grid.group_size}", "grid", f"groups that cover {columns} inputs"
-        )
-    if grid.g_idx is not None and grid.g_idx.shape != (columns,):
+    if grid.g_idx is None:
+        if groups != -(-columns // grid.group_size):
+            raise QplugError(
+                f"{groups} groups of {grid.group_size}",
+                "grid",
+                f"groups that cover {columns} inputs",
+            )
+        return
+    if grid.g_idx.shape != (columns,):
         raise QplugError(f"g_idx {list(grid.g_idx.shape)}", "grid", f"[{columns}]")
+    lowest, highest = int(grid.g_idx.min()), int(grid.g_idx.max())
+    if lowest < 0 or highest >= groups:
+        raise QplugError(
+            f"g_idx from {lowest} to {highest}", "grid", f"groups from 0 to {groups - 1}"
+        )
 
 
 @cache
