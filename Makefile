@@ -47,10 +47,10 @@ format: $(READY) ## let ruff fix and format the code
 	$(BIN)/ruff format .
 
 unit: $(READY) ## tests/: no engine, no network
-	$(BIN)/pytest
+	$(BIN)/pytest tests -m "not engine" --durations=5
 
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
-	$(BIN)/pytest integration -m "engine and not slow" --durations=15
+	$(BIN)/pytest integration tests -m "engine and not slow" --durations=15
 
 bench: $(READY) $(DENSE) ## measure against cp, clone(), stock vLLM and dense; prints a table
 	$(BIN)/python integration/benchmarks/run.py
