@@ -18,13 +18,13 @@ w = (code - 8) * s + (8 - zero) * s out of `pack`, w = code * s - zero * s out o
 `rows` costs the same for every M, then multiplies as the dense layer does. One Xeon core with
 AMX-bf16, torch 2.13, microseconds, dense bf16 | pack | rows:
 
-    M          1                   16                  64                   256
-    576x1536   116 |  44 |  460    123 |  310 |  480   210 |  1231 |  560   442 | 4972 |  820
-    4096x4096  2068 | 815 | 7700   2154 | 5888 | 8550  3722 | 24695 | 10300 9846 | 94000 | 14500
+    M          1                    16                   64                   256
+    576x1536   122 | 46 | 563       133 | 318 | 569      226 | 1309 | 629     482 | 5256 | 907
+    4096x4096  2415 | 791 | 10837   2385 | 5856 | 10622  4284 | 23739 | 11063 10008 | 93025 | 17336
 
 Rows rather than other ways to decode: `embedding_bag_4bit_unpack` is FBGEMM's vectorised loop, 8 to
-10 thousand million weights a second, 3.5 to 3.9 with the rounding to bfloat16; a table of pairs
-with a subtraction and a product reaches 1.6.
+10 thousand million weights a second, 2.7 with the rounding to bfloat16 into memory; a table of
+pairs of codes with a subtraction and a product reaches 1.5.
 
 Rounding: `pack` holds scales and offsets in bfloat16 (relative error 2^-9 each), `rows` in
 float16, exact for float16 files. Relative Frobenius error of a product against float64: 2e-3 each,
@@ -46,7 +46,7 @@ NATIVE = (256, 128, 64, 32)
 """Group sizes of torch's operation."""
 
 FEW = 24
-"""Most tokens for `pack`: its time crosses that of `rows` between 20 (4096x4096) and 25."""
+"""Most tokens for `pack`: its time crosses that of `rows` between 23 and 28 in all shapes."""
 
 PIECE = 1 << 17
 """Weights decoded at a time: 512 KiB of float32, a quarter of the second-level cache. 64 Ki lose

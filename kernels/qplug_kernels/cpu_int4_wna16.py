@@ -78,19 +78,26 @@ def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
     return tensors if order is None else {**tensors, "order": order}
 
 
-def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """Multiply `x [M, K]`."""
-    packed, scale_zero, tiles, scales, zeros = operands[:5]
-    if len(operands) == 6:
-        x = x.index_select(1, operands[5])
-    if x.shape[0] <= FEW:
-        result = multiply_pack(x, packed, scale_zero)
-        return result if bias is None else result.add_(bias)
+def multiply_tiles(
+    x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Multiply many tokens `x [M, K]`."""
     result = x.new_empty(x.shape[0], scales.shape[1])
     torch.ops._C.cpu_gemm_wna16(
         x.contiguous(), tiles.flatten(1), result, scales, zeros, bias, 8, "amx"
     )
     return result
+
+
+def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply `x [M, K]`."""
+    packed, scale_zero, tiles, scales, zeros = operands[:5]
+    if len(operands) == 6:
+        x = x.index_select(1, operands[5])
+    if x.shape[0] > FEW:
+        return multiply_tiles(x, tiles, scales, zeros, bias)
+    result = multiply_pack(x, packed, scale_zero)
+    return result if bias is None else result.add_(bias)
 
 
 def dequantize(operands: Sequence[Tensor]) -> Tensor:
