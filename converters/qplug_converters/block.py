@@ -30,7 +30,7 @@ class Keys:
         found = {n: self.block[n] for n in names if self.block.get(n) is not None}
         for name, value in found.items():
             if type(value) is not kind:
-                self.problem(name, f"{value!r}", f"a JSON {_JSON[kind]}", "correct the config")
+                self.problem(name, f"{value!r}", f"a JSON {_JSON[kind]}")
                 return default
         if len({repr(v) for v in found.values()}) > 1:
             self.problem(
@@ -41,7 +41,9 @@ class Keys:
             )
         return next(iter(found.values()), default)
 
-    def problem(self, key: str, found: str, expected: str = "", fix: str = "") -> None:
+    def problem(
+        self, key: str, found: str, expected: str = "", fix: str = "correct the config"
+    ) -> None:
         """Remember that `key` is wrong."""
         self.problems.append(QplugError(found, f"{self.where}.{key}", expected, fix))
 
@@ -49,10 +51,24 @@ class Keys:
 _JSON = {int: "integer", bool: "true or false", str: "string", dict: "object", list: "list"}
 
 
-def modules_with(headers: Headers, part: str) -> list[str]:
-    """Return the modules that have a tensor `<module>.<part>`, in file order."""
-    tail = f".{part}"
-    return [name.removesuffix(tail) for name in headers if name.endswith(tail)]
+INCOMPLETE = "the file is damaged or not whole: download it again"
+"""What to do about a tensor that is missing or of the wrong kind."""
+
+
+def modules_with(headers: Headers, *parts: str) -> list[str]:
+    """Return the modules that have a tensor `<module>.<part>` of any of `parts`, in file order."""
+    split = (name.rpartition(".") for name in headers)
+    return list(dict.fromkeys(module for module, dot, part in split if dot and part in parts))
+
+
+def packed_along(headers: Headers) -> str | None:
+    """Return how `qweight` is packed: along the inputs (`GPTQ`), or the outputs (`AWQ`)."""
+    for module in modules_with(headers, "qweight"):
+        shapes = [spec.shape for spec in parts_of(headers, module, ("qweight", "scales")).values()]
+        if len(shapes) == 2 and all(len(shape) == 2 for shape in shapes):
+            words, width = shapes[0][1], shapes[1][1]
+            return "GPTQ" if words == width else "AWQ" if 8 * words == width else None
+    return None
 
 
 def parts_of(headers: Headers, module: str, names: Iterable[str]) -> dict[str, TensorSpec]:

@@ -31,6 +31,7 @@ INDEX = "model.safetensors.index.json"
 SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLES)
+REPAIR = "download the file again, or correct it"
 MAX_HEADER = 100_000_000
 """Bytes: the limit of the safetensors library itself."""
 
@@ -60,7 +61,7 @@ def _unique(where: str) -> Any:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise QplugError(f"two entries named {twice!r}", where, "one", "the file is damaged")
+            raise QplugError(f"two entries named {twice!r}", where, "one", REPAIR)
         return found
 
     return hook
@@ -71,12 +72,19 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes(), object_pairs_hook=_unique(path.name))
     except OSError as error:
-        raise QplugError(f"cannot be read ({error.strerror})", str(path)) from None
+        raise _unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
-        raise QplugError(f"no JSON ({error})", path.name, "a JSON object") from None
+        raise QplugError(f"no JSON ({error})", path.name, "a JSON object", REPAIR) from None
     if not isinstance(found, dict):
-        raise QplugError(f"a JSON {type(found).__name__}", path.name, "a JSON object")
+        kind = "null" if found is None else type(found).__name__
+        raise QplugError(f"a JSON {kind}", path.name, "a JSON object", REPAIR)
     return found
+
+
+def _unreadable(path: Path, error: OSError) -> QplugError:
+    return QplugError(
+        f"cannot be read ({error.strerror})", str(path), fix="check the path and its permissions"
+    )
 
 
 def read_header(path: Path) -> tuple[dict[str, Location], dict[str, str]]:
@@ -105,9 +113,10 @@ def read_header(path: Path) -> tuple[dict[str, Location], dict[str, str]]:
                 )
             raw = file.read(length)
     except OSError as error:
-        raise QplugError(f"cannot be read ({error.strerror})", str(path)) from None
+        raise _unreadable(path, error) from None
     try:
-        header = json.loads(raw, object_pairs_hook=_unique(name))
+        # Decoded here: json itself would guess UTF-16 and UTF-32 too, which no other reader does.
+        header = json.loads(raw.decode(), object_pairs_hook=_unique(name))
     except (ValueError, RecursionError) as error:
         raise QplugError(f"no JSON header ({error})", name, "a safetensors file", damaged) from None
     if not isinstance(header, dict):
@@ -122,12 +131,18 @@ def read_header(path: Path) -> tuple[dict[str, Location], dict[str, str]]:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
             whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError):
+            whole = whole and isinstance(dtype, str) and bool(tensor.encode())
+        except (KeyError, TypeError, ValueError):  # UnicodeError is a ValueError
             whole = False
         if not whole:
             raise QplugError("a damaged entry", where, "dtype, shape and data_offsets", damaged)
         if dtype not in ITEMSIZE:
-            raise QplugError(f"dtype {dtype!r}", where, f"one of {', '.join(ITEMSIZE)}")
+            raise Unsupported(
+                f"dtype {dtype!r}",
+                where,
+                f"one of {', '.join(ITEMSIZE)}",
+                "save it again in one of these dtypes",
+            )
         if end - begin != ITEMSIZE[dtype] * prod(shape):
             raise QplugError(
                 f"{end - begin} bytes",
@@ -183,7 +198,9 @@ class Checkpoint:
                 if name in self.locations:
                     first = self.locations[name].file.name
                     problems.append(
-                        QplugError(f"in {first} and {shard.name}", name, "one tensor of this name")
+                        QplugError(
+                            f"in {first} and {shard.name}", name, "one tensor of this name", REPAIR
+                        )
                     )
                 self.locations[name] = location
         problems += self._check_index()
@@ -200,15 +217,21 @@ class Checkpoint:
         the one link that may leave it.
         """
         path = self.folder / name
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise QplugError(f"{name!r}", "an entry of the index", "a plain file name")
-        real, root = path.resolve(), self.folder.resolve()
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+            raise QplugError(f"{name!r}", "an entry of the index", "a plain file name", REPAIR)
+        try:
+            real, root = path.resolve(), self.folder.resolve()
+            exists, regular = path.exists(), path.is_file()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        except RuntimeError:  # what pathlib raises for a loop
+            raise QplugError("a link to itself", str(path), "a file", REPAIR) from None
         blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
         if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
             raise QplugError(
                 f"a link to {real}", name, "a file inside the folder", "copy the file into it"
             )
-        if not path.exists():
+        if not exists:
             pickled = [p.name for p in self.folder.glob("*") if p.suffix in PICKLES]
             if name.endswith(".safetensors") and pickled:
                 raise QplugError(
@@ -217,7 +240,14 @@ class Checkpoint:
                     "safetensors files",
                     "let the tool that wrote it save safetensors",
                 )
-            raise QplugError("no such file", str(path), "a checkpoint folder")
+            raise QplugError(
+                "no such file",
+                str(path),
+                "config.json and safetensors files",
+                "check the path, or download what is missing",
+            )
+        if not regular:
+            raise QplugError("no regular file", str(path), "a file", REPAIR)
         return path
 
     def _find_shards(self) -> tuple[Path, ...]:
@@ -225,16 +255,23 @@ class Checkpoint:
         indexes = sorted(self.folder.glob("*.safetensors.index.json"))
         if len(indexes) > 1:
             raise QplugError(
-                f"{indexes[0].name} and {indexes[1].name}", str(self.folder), "one index"
+                f"{indexes[0].name} and {indexes[1].name}",
+                str(self.folder),
+                "one index",
+                "remove the one that is not of this model",
             )
         self._weight_map: dict[str, str] = {}
         if indexes:
             index = read_json(self._inside(indexes[0].name))
             weights = index.get("weight_map")
-            if not isinstance(weights, dict) or not all(
-                isinstance(v, str) for v in weights.values()
+            if (
+                not isinstance(weights, dict)
+                or not weights
+                or not all(isinstance(v, str) for v in weights.values())
             ):
-                raise QplugError("no weight_map of names", indexes[0].name, "file names by tensor")
+                raise QplugError(
+                    "no weight_map of names", indexes[0].name, "file names by tensor", REPAIR
+                )
             self._weight_map = weights
             return tuple(self._inside(name) for name in dict.fromkeys(weights.values()))
         files = sorted(self.folder.glob("*.safetensors"))
@@ -242,7 +279,10 @@ class Checkpoint:
             named = [f for f in files if f.name == "model.safetensors"]
             if not named:
                 raise QplugError(
-                    f"{len(files)} safetensors files and no index", str(self.folder), f"an {INDEX}"
+                    f"{len(files)} safetensors files and no index",
+                    str(self.folder),
+                    f"an {INDEX}",
+                    "download the index too",
                 )
             files = named
         return (self._inside(files[0].name if files else "model.safetensors"),)
@@ -250,20 +290,25 @@ class Checkpoint:
     def _check_index(self) -> list[QplugError]:
         """Compare the index with the headers."""
         problems = []
+        fix = "index and shards are of two downloads: download them again"
         for name, file in self._weight_map.items():
             if name not in self.locations:
                 problems.append(
-                    QplugError("no such tensor", f"{file}: {name}", "as the index says")
+                    QplugError("no such tensor", f"{file}: {name}", "what the index says", fix)
                 )
             elif self.locations[name].file.name != file:
                 problems.append(
-                    QplugError(f"in {self.locations[name].file.name}", name, f"in {file} (index)")
+                    QplugError(
+                        f"in {self.locations[name].file.name}", name, f"in {file} (index)", fix
+                    )
                 )
         if self._weight_map:
             for name, location in self.locations.items():
                 if name not in self._weight_map:
                     problems.append(
-                        QplugError("not in the index", f"{location.file.name}: {name}", "an entry")
+                        QplugError(
+                            "not in the index", f"{location.file.name}: {name}", "an entry", fix
+                        )
                     )
         return problems
 
@@ -273,7 +318,7 @@ class Checkpoint:
         return [
             self._inside(path.name)
             for path in sorted(self.folder.iterdir())
-            if path.is_file()
+            if not path.is_dir()
             and not path.name.startswith(".")
             and path.name not in ("config.json", "qplug-certificate.json", *SIDE_CONFIGS)
             and not path.name.endswith((*OTHER_WEIGHTS, ".index.json"))
@@ -295,7 +340,7 @@ class Checkpoint:
         present = [(block, where) for block, where in places if block is not None]
         for block, where in present:
             if not isinstance(block, dict):
-                raise QplugError(f"{block!r}", where, "a JSON object")
+                raise QplugError(f"{block!r}", where, "a JSON object", "correct the config")
         for block, where in present[1:]:
             self._compare(present[0][0], present[0][1], block, where)
         return present[0] if present else (None, "nowhere")
@@ -304,17 +349,23 @@ class Checkpoint:
     def _compare(first: dict[str, Any], at: str, second: dict[str, Any], where: str) -> None:
         """Refuse two config blocks that disagree on what decides the weights."""
         aliases = (
+            ("quant_method", "method"),
             ("bits", "w_bit"),
             ("group_size", "q_group_size"),
             ("sym",),
             ("zero_point",),
             ("checkpoint_format",),
+            ("version",),
         )
+
+        def plain(value: Any) -> Any:
+            return value.lower() if isinstance(value, str) else value
+
         for names in aliases:
             one, two = (
                 next((b[n] for n in names if b.get(n) is not None), None) for b in (first, second)
             )
-            if one is not None and two is not None and one != two:
+            if one is not None and two is not None and plain(one) != plain(two):
                 raise QplugError(
                     f"{names[0]} {one!r} in {at} and {two!r} in {where}",
                     "the configs",
@@ -422,8 +473,9 @@ def _force_rule(model: ModelScheme, found: Format, rule: str) -> ModelScheme:
     """Replace the zero rule of every linear, if the rule is defined for it."""
     if found.name != "gptq":
         raise QplugError(
-            f"--zero-rule with a {found.name} checkpoint",
-            expected="a GPTQ v1 checkpoint",
+            f"a {found.name} checkpoint",
+            "--zero-rule",
+            "a GPTQ v1 checkpoint",
             fix="leave out --zero-rule",
         )
     linears = {}
@@ -444,5 +496,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     folder = Path(source)
     if not folder.is_dir():
-        raise QplugError("no such folder", str(folder), "a checkpoint folder")
+        found = "a file" if folder.exists() else "no such folder"
+        raise QplugError(found, str(folder), "a checkpoint folder", "check the path")
     return Checkpoint(folder)

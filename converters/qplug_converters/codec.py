@@ -36,11 +36,27 @@ _ROUTES: dict[tuple[str, str], tuple[bool, bool]] = {
 """Patterns of codes that the whole-word routes know: are words, are codes transposed?"""
 
 
-def _route(part: Part) -> tuple[bool, bool] | None:
-    """Return how the whole-word routes run a packed part, or `None` if they do not know it."""
-    if part.holds is not Holds.CODES or part.packing is None or part.packing.word != "I32":
+def _route(part: Part, in_features: int) -> tuple[bool, bool] | None:
+    """Return how the whole-word routes run a packed part, or `None` if they do not know it.
+
+    Rows of bytes are rows of words where they end on a word.
+    """
+    if part.holds is not Holds.CODES or part.packing is None:
         return None
-    return _ROUTES.get((part.stream, part.stored))
+    route = _ROUTES.get((part.stream, part.stored))
+    if part.packing.word == "I32":
+        return route
+    whole = part.packing.word == "U8" and in_features * part.packing.bits % 32 == 0
+    return route if whole and route == (False, False) else None
+
+
+def _as_int32(stored: Tensor) -> Tensor:
+    """View stored words as int32; bytes that lie across words are copied first."""
+    if stored.dtype is torch.int32:
+        return stored
+    if stored.storage_offset() % 4 or stored.data_ptr() % 4 or not stored.is_contiguous():
+        stored = stored.clone()
+    return stored.view(torch.int32)
 
 
 def _swap(pattern: str) -> str:
@@ -57,16 +73,16 @@ def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
     if part.packing is None:
         plain: Tensor = rearrange(stored, _swap(part.stream))
         return plain.contiguous()
-    if (route := _route(part)) is not None:
+    if (route := _route(part, sizes["inp"])) is not None:
         transposed, codes_transposed = route
         return words.unpack(
-            stored,
+            _as_int32(stored.cpu()),
             part.packing.bits,
             sizes["out"] if codes_transposed else sizes["inp"],
             order=part.packing.order,
             transposed=transposed,
             codes_transposed=codes_transposed,
-        )
+        ).to(stored.device)
     return _literal_unpack(part, stored, sizes).to(stored.device)
 
 
@@ -88,17 +104,21 @@ def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
     if part.packing is None:
         stored = rearrange(values, part.stream).to(TORCH_DTYPES[part.dtype])
     else:
-        if (route := _route(part)) is not None:
+        if part.holds is Holds.CODES and (route := _route(part, values.shape[1])) is not None:
             transposed, codes_transposed = route
-            return words.pack(
-                values,
+            direct = part.packing.word == "I32"
+            stored = words.pack(
+                values.cpu(),
                 part.packing.bits,
                 order=part.packing.order,
                 transposed=transposed,
                 codes_transposed=codes_transposed,
-                out=out,
-            )
-        stored = _literal_pack(part, values)
+                out=out if direct else None,
+            ).view(TORCH_DTYPES[part.dtype])
+            if direct and out is not None:
+                return out
+        else:
+            stored = _literal_pack(part, values)
     return stored.contiguous() if out is None else out.copy_(stored)
 
 
@@ -114,6 +134,50 @@ def _literal_pack(part: Part, values: Tensor) -> Tensor:
     dtype = TORCH_DTYPES[part.dtype]
     signed = {1: np.uint8, 2: np.int16, 4: np.int32}[dtype.itemsize]
     return torch.from_numpy(np.ascontiguousarray(stored).view(signed)).view(dtype)
+
+
+def translate(
+    source: Part, target: Part, stored: Tensor, sizes: Mapping[str, int], out: Tensor | None = None
+) -> Tensor:
+    """Bring one stored tensor from one part's form into another's that holds the same numbers.
+
+    4-bit codes packed along `inp` in one and along `out` in the other go from words to words
+    without being unpacked (docs/adr/0002).
+    """
+    if source.holds is Holds.CODES and (route := _direct(source, target)) is not None:
+        transposed, order = route
+        return words.transpose_nibbles(stored, transposed=transposed, order=order, out=out)
+    return pack_part(target, unpack_part(source, stored, sizes), out)
+
+
+_NIBBLES = (4, 4, "I32", "I32")
+
+
+def _direct(source: Part, target: Part) -> tuple[bool, tuple[int, ...]] | None:
+    """Recognise from two parts that only the packed axis of 4-bit codes changes."""
+    routes = (_route(source, 0), _route(target, 0))
+    one, two = source.packing, target.packing
+    if one is None or two is None or (one.bits, two.bits, one.word, two.word) != _NIBBLES:
+        return None
+    if routes == ((True, False), (False, True)) and not one.order:
+        return True, two.order
+    if routes == ((False, True), (True, False)) and not two.order:
+        return False, one.order
+    return None
+
+
+def check_scales(scales: Tensor) -> None:
+    """Refuse scales that are not numbers: nothing dequantizes from them.
+
+    Raises
+    ------
+    QplugError
+        If a scale is NaN or infinite.
+    """
+    finite = torch.isfinite(scales)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise QplugError(f"{bad} scales that are NaN or infinite", "scales", "finite numbers")
 
 
 def decode(layout: Layout, scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -139,9 +203,7 @@ def decode(layout: Layout, scheme: Scheme, stored: Mapping[str, Tensor]) -> Quan
         if part.name in stored
     }
     scales = found[Holds.SCALES]
-    if not bool(torch.isfinite(scales).all()):
-        bad = int((~torch.isfinite(scales)).sum())
-        raise QplugError(f"{bad} scales that are NaN or infinite", "scales", "finite numbers")
+    check_scales(scales)
     g_idx = found.get(Holds.G_IDX) if scheme.act_order else None
     grid = AffineGrid(scales, found[Holds.ZEROS], scheme.group_size, g_idx)
     return QuantizedWeight(found[Holds.CODES], scheme.bits, grid)
@@ -170,9 +232,23 @@ def encode(
         elif part.holds is Holds.G_IDX:
             values = weight.grid.group_of_inputs(weight.in_features).to(torch.int32)
         else:
-            values = round_to(weight.dequantize(), TORCH_DTYPES[part.dtype])
+            stored[part.name] = _dense(
+                weight, TORCH_DTYPES[part.dtype], None if out is None else out[part.name]
+            )
+            continue
         stored[part.name] = pack_part(part, values, None if out is None else out[part.name])
     return stored
+
+
+def _dense(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """Dequantize and round a weight in pieces that stay in the cache."""
+    rows, inp = weight.codes.shape
+    if out is None:
+        out = torch.empty(rows, inp, dtype=dtype)
+    step = max(1, (1 << 20) // inp)
+    for at in range(0, rows, step):
+        out[at : at + step] = round_to(weight.rows(at, at + step).dequantize(), dtype)
+    return out
 
 
 def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,11 @@ from collections.abc import Sequence
 MOST_SHOWN = 10
 
 
+def one_line(text: str) -> str:
+    """Escape what is not printable: names in a hostile file may hold lines and terminal codes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class QplugError(Exception):
     """Bad input or environment (exit code 1).
 
@@ -41,6 +46,7 @@ class QplugError(Exception):
         """Return the error as one line, without the hint."""
         line = f"{self.where}: " if self.where else ""
         line += f"found {self.found}, expected {self.expected}" if self.expected else self.found
+        line = one_line(line)
         return line if not self.others else f"{line} (and {len(self.others)} more)"
 
     def __reduce__(self) -> tuple[object, ...]:

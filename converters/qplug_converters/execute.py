@@ -6,19 +6,21 @@ are written last; the folder gets its name when everything is on the disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import moves
 from .checkpoint import Checkpoint
-from .codec import decode, encode
+from .codec import check_scales, decode, encode, translate
 from .errors import QplugError
-from .layout import Layout, Part, TensorSpec
+from .layout import Holds, Layout, Part, TensorSpec
 from .plan import Plan, Step
 from .scheme import Scheme
 from .version import __version__
@@ -97,7 +99,7 @@ def read_rows(
     try:
         return decode(layout, replace(scheme, out_features=stop - start), stored)
     except QplugError as error:
-        error.where = f"{module}.{error.where}" if error.where else module
+        _place(error, module)
         raise
 
 
@@ -110,28 +112,68 @@ def _convert(plan: Plan, checkpoint: Checkpoint, writer: Writer, step: Step, rea
     source, target = plan.source.layout(step.source), plan.target.layout(step.target)
     specs = target.specs(step.target.sizes)
     total = sum(spec.nbytes for spec in specs.values())
-    if source == target and not step.moves:
-        for part in source:
-            name = f"{step.module}.{part.name}"
-            writer.copy(name, checkpoint.locations[name])
-        return total
     blocks = blocks_of(step.source, source, target)
     whole = len(blocks) == 1
     views = {} if whole else {n: writer.view(f"{step.module}.{n}") for n in specs}
-    for start, stop in blocks:
-        weight = read(step, start, stop)
-        weight = moves.apply(step.moves, weight)
-        try:
+    try:
+        if not step.moves and has_codes(source) and has_codes(target):
+            _convert_parts(checkpoint, writer, step, source, target, blocks, views)
+            return total
+        for start, stop in blocks:
+            weight = moves.apply(step.moves, read(step, start, stop))
             if whole:
                 for name, tensor in encode(target, weight).items():
                     writer.put(f"{step.module}.{name}", tensor)
             else:
-                out = {p.name: rows_of(p, views[p.name], start, stop) for p in target}
-                encode(target, weight, out)
-        except QplugError as error:
-            error.where = f"{step.module}.{error.where}" if error.where else step.module
-            raise
+                encode(
+                    target, weight, {p.name: rows_of(p, views[p.name], start, stop) for p in target}
+                )
+    except QplugError as error:
+        _place(error, step.module)
+        raise
     return total
+
+
+def _convert_parts(
+    checkpoint: Checkpoint,
+    writer: Writer,
+    step: Step,
+    source: Layout,
+    target: Layout,
+    blocks: list[tuple[int, int]],
+    views: Mapping[str, Tensor],
+) -> None:
+    """Convert a linear whose numbers stay as they are, each stored tensor on its own.
+
+    A part that is the same in both layouts is copied as bytes.
+    """
+    for part in target:
+        name = f"{step.module}.{part.name}"
+        before = source.part(part.holds)
+        if before is None:  # only a g_idx can be asked for that the source does without
+            groups = torch.arange(step.target.in_features, dtype=torch.int32)
+            writer.put(name, groups // step.target.group_size)
+            continue
+        stored_as = f"{step.module}.{before.name}"
+        if part.holds is Holds.SCALES:
+            check_scales(checkpoint.tensor(stored_as))
+        if before == part:
+            writer.copy(name, checkpoint.locations[stored_as])
+            continue
+        stored = checkpoint.tensor(stored_as)
+        for start, stop in blocks if part.axis("out") is not None else blocks[:1]:
+            sizes = {**step.source.sizes, "out": stop - start}
+            rows = rows_of(before, stored, start, stop)
+            if views:
+                translate(before, part, rows, sizes, rows_of(part, views[part.name], start, stop))
+            else:
+                writer.put(name, translate(before, part, rows, sizes))
+
+
+def _place(error: QplugError, module: str) -> None:
+    """Say in which linear an error was met, if it does not yet."""
+    if not error.where.startswith(module):
+        error.where = f"{module}.{error.where}" if error.where else module
 
 
 def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -181,6 +223,21 @@ def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """Give as many threads as torch has, each with one thread of torch's own.
+
+    A linear to a thread beats all threads on one linear: small linears are mostly Python.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # torch also keeps the number for threads yet to start
+
+
 def execute(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -189,7 +246,6 @@ def execute(
     rows: Rows | None = None,
     progress: Progress | None = None,
     max_shard: int = MAX_SHARD,
-    workers: int = 1,
 ) -> Path:
     """Convert a checkpoint into the new folder `target`.
 
@@ -222,7 +278,7 @@ def execute(
             progress(done, total, what)
 
     with Writer(target, specs, plan.target.shard_stem, max_shard) as writer:
-        with ThreadPoolExecutor(workers) as pool:
+        with _pool() as pool:
             sizes = pool.map(lambda s: _convert(plan, checkpoint, writer, s, read), plan.steps)
             for step, size in zip(plan.steps, sizes, strict=True):
                 advance(size, step.module)
@@ -237,3 +293,8 @@ def execute(
         writer.json("config.json", config)
         writer.json(CERTIFICATE, certificate(plan, checkpoint))
         return writer.commit()
+
+
+def has_codes(layout: Layout) -> bool:
+    """Whether a layout holds codes on a grid (dense does not)."""
+    return layout.part(Holds.CODES) is not None

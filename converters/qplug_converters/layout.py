@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
+from functools import cache
 from math import prod
 
 from .errors import QplugError
@@ -93,9 +94,26 @@ class Packing:
         return Fraction(self.word_bits, self.bits)
 
 
+@cache
 def _axes(side: str) -> tuple[tuple[str, ...], ...]:
     """Split one side of a pattern into its axes; an axis in parentheses has several names."""
     return tuple(tuple(a.strip("()").split()) for a in re.findall(r"\([^)]*\)|\S+", side))
+
+
+def _names(side: str) -> tuple[str, ...]:
+    """Return every name on one side of a pattern."""
+    return tuple(name for axis in _axes(side) for name in axis)
+
+
+@cache
+def _stored_axes(stream: str, stored: str) -> tuple[str, ...]:
+    """Follow the axes through both patterns of a part."""
+    rows = tuple(" ".join(axis) for axis in _axes(stream.partition("->")[2]))
+    if not stored:
+        return rows
+    left, _, right = stored.partition("->")
+    by_name = dict(zip(_names(left), rows, strict=True))
+    return tuple(by_name[name] for name in _names(right))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,25 +135,16 @@ class Part:
     def __post_init__(self) -> None:
         """Refuse, at import of the format, a pattern that does not fit what the part holds."""
         left, _, right = self.stream.partition("->")
-        names = tuple(name for axis in _axes(left) for name in axis)
-        if names != _CANONICAL[self.holds] or sorted(self._names(right)) != sorted(names):
+        names = _names(left)
+        if names != _CANONICAL[self.holds] or sorted(_names(right)) != sorted(names):
             raise ValueError(f"{self.name}: {self.stream!r} does not start at the canonical axes")
         if self.packing is None and self.stored:
             raise ValueError(f"{self.name}: `stored` is for packed parts only")
 
-    @staticmethod
-    def _names(side: str) -> tuple[str, ...]:
-        return tuple(name for axis in _axes(side) for name in axis)
-
     @property
     def axes(self) -> tuple[str, ...]:
         """What each stored axis runs over: `out`, `inp` or `group`, in stored order."""
-        rows = [" ".join(axis) for axis in _axes(self.stream.partition("->")[2])]
-        if not self.stored:
-            return tuple(rows)
-        left, _, right = self.stored.partition("->")
-        by_name = dict(zip(self._names(left), rows, strict=True))
-        return tuple(by_name[name] for name in self._names(right))
+        return _stored_axes(self.stream, self.stored)
 
     @property
     def packed_axis(self) -> int | None:

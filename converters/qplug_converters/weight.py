@@ -6,10 +6,14 @@ zeros lie in memory; every layout decodes into this form and encodes out of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_CHUNK = 1 << 20
+"""Weights dequantized at a time: temporaries of 6 MB stay in the cache (whole: 4 times slower)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +44,18 @@ class AffineGrid:
         if self.g_idx is not None:
             return self.g_idx.long()
         return torch.arange(in_features, device=self.scales.device) // self.group_size
+
+    def combine(
+        self, values: Tensor, operation: Callable[[Tensor, Tensor], Tensor], per_group: Tensor
+    ) -> Tensor:
+        """Apply an in-place operation to `[out, in]` values and their groups' `[out, groups]`."""
+        out, inp = values.shape
+        if self.g_idx is None and inp % self.group_size == 0:  # twice as fast as spreading
+            grouped = values.view(out, -1, self.group_size)
+            operation(grouped, per_group[:, :, None])
+        else:
+            operation(values, self.spread(per_group, inp))
+        return values
 
     def spread(self, per_group: Tensor, in_features: int) -> Tensor:
         """Repeat `[out, groups]` to `[out, in_features]`, each input taking its group's value."""
@@ -78,8 +94,7 @@ class QuantizedWeight:
 
     def integers(self) -> Tensor:
         """Return int16 `[out, in]`: code - zero, what no exact move may change."""
-        zeros = self.grid.spread(self.grid.zeros, self.in_features)
-        return self.codes.to(torch.int16).sub_(zeros)
+        return self.grid.combine(self.codes.to(torch.int16), torch.Tensor.sub_, self.grid.zeros)
 
     def dequantize(self) -> Tensor:
         """Return float32 `[out, in]`: *the* meaning of a checkpoint.
@@ -87,8 +102,13 @@ class QuantizedWeight:
         The subtraction is in integers and the product one float32 multiplication, which is exact
         for 16-bit scales (at most 11 + 9 significant bits).
         """
-        scales = self.grid.spread(self.grid.scales, self.in_features)
-        return self.integers().to(torch.float32).mul_(scales)
+        out = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
+        step = max(1, _CHUNK // max(1, self.in_features))
+        for at in range(0, self.out_features, step):
+            few = self.rows(at, at + step)
+            out[at : at + step] = few.integers()
+            few.grid.combine(out[at : at + step], torch.Tensor.mul_, few.grid.scales.float())
+        return out
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Return output rows `start` to `stop` as views."""

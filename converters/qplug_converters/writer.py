@@ -7,6 +7,7 @@ are written in any order, whole or as views of a memory map, and memory holds no
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import mmap
@@ -34,9 +35,9 @@ _COPY_STEP = 1 << 26
 class Writer:
     """A checkpoint folder being written; nothing appears under `target` before `commit`.
 
-    Used as a context manager: leaving it without `commit` removes what was written. The partial
-    folder `.<name>.qplug-partial` is locked while its writer lives; one left by a killed process
-    is cleared away by the next.
+    Used as a context manager: leaving it without `commit` removes what was written, and the parent
+    folders that were made for it. The partial folder `.<name>.qplug-partial` is locked while its
+    writer lives; one left by a killed process is cleared away by the next.
 
     Raises
     ------
@@ -60,37 +61,64 @@ class Writer:
         self._files: dict[Path, int] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = -1
+        self._made: list[Path] = []
 
     def __enter__(self) -> Self:
-        if self.target.exists() or self.target.is_symlink():
-            raise QplugError(
-                "a folder that exists",
-                str(self.target),
-                "a new name",
-                "remove it first, or choose another name",
-            )
+        self._refuse_existing("a file or folder that exists")
         try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.mkdir(exist_ok=True)
-            self._lock = os.open(self._partial, os.O_RDONLY)
-        except OSError as error:
-            raise QplugError(error.strerror or str(error), str(self.target.parent)) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise QplugError(
-                "another conversion at work", str(self.target), "one at a time", "wait for it"
-            ) from None
-        try:
-            for left in self._partial.iterdir():
-                left.unlink()
+            try:
+                self._claim()
+                for left in self._partial.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            except OSError as error:
+                raise QplugError(
+                    error.strerror or str(error),
+                    str(error.filename or self.target),
+                    "a place that can be written to",
+                    "choose another place, or see to its permissions",
+                ) from None
+            # Another writer may have finished between the first look and the lock.
+            self._refuse_existing("a file or folder that exists")
             for number, names in enumerate(self._shards, 1):
                 self._reserve(self._partial / self._shard_name(number), names)
         except BaseException:
             self._discard()
             raise
         return self
+
+    def _refuse_existing(self, found: str) -> None:
+        if self.target.exists() or self.target.is_symlink():
+            raise QplugError(
+                found, str(self.target), "a new name", "remove it first, or choose another name"
+            )
+
+    def _claim(self) -> None:
+        """Make the partial folder and lock it."""
+        parent = self.target.parent
+        self._made = [p for p in (parent, *parent.parents) if not p.exists()]
+        parent.mkdir(parents=True, exist_ok=True)
+        while self._lock < 0:
+            self._partial.mkdir(exist_ok=True)
+            try:
+                # What is in it will be removed, so it must be no link to somewhere else.
+                lock = os.open(self._partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The folder may have been renamed or removed, by who held the lock, since it was
+                # opened: then the lock is on nothing.
+                if os.path.samestat(os.fstat(lock), self._partial.stat()):
+                    self._lock = lock
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                raise QplugError(
+                    "another conversion at work", str(self.target), "one at a time", "wait for it"
+                ) from None
+            finally:
+                if self._lock < 0:
+                    os.close(lock)
 
     def __exit__(
         self,
@@ -173,7 +201,9 @@ class Writer:
                 if done == 0:
                     data = os.pread(file.fileno(), step, source.offset + at)
                     if not data:
-                        raise QplugError("the file became shorter", source.file.name)
+                        raise QplugError(
+                            "a file that became shorter", source.file.name, fix="leave it alone"
+                        )
                     _write(self._files[place.file], data, place.offset + at)
                     done = len(data)
                 at += done
@@ -212,9 +242,9 @@ class Writer:
                     with path.open("rb") as small:
                         os.fsync(small.fileno())
             os.fsync(self._lock)
-            if self.target.exists():
-                raise QplugError("a folder that appeared meanwhile", str(self.target))
+            self._refuse_existing("a file or folder that appeared meanwhile")
             self._partial.rename(self.target)
+            self._made.clear()
             parent = os.open(self.target.parent, os.O_RDONLY)
             try:
                 os.fsync(parent)
@@ -232,6 +262,10 @@ class Writer:
             shutil.rmtree(self._partial, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # not empty: somebody uses it
+                folder.rmdir()
+        self._made.clear()
 
 
 def _cut(specs: Mapping[str, TensorSpec], most: int) -> list[list[str]]:

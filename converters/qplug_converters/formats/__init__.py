@@ -30,4 +30,5 @@ def find(name: str) -> Format:
     for known in FORMATS:
         if wanted in (known.name, *known.aliases):
             return known
-    raise QplugError(f"no format {name!r}", fix=f"one of {', '.join(f.name for f in FORMATS)}")
+    offered = ", ".join(known.name for known in FORMATS)
+    raise QplugError(f"no format {name!r}", "the name", f"one of {offered}", "see `qplug formats`")

@@ -19,10 +19,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..block import (
+    INCOMPLETE,
     Keys,
     dense_linears,
     dense_modules,
     modules_with,
+    packed_along,
     parts_of,
     stated_group_size,
 )
@@ -65,21 +67,12 @@ def layout(scheme: Scheme) -> Layout:
     )
 
 
-def _looks_like_awq(headers: Headers) -> bool:
-    """Whether some linear is stored the AWQ way: `scales` eight times as wide as `qweight`."""
-    for module in modules_with(headers, "qweight"):
-        parts = parts_of(headers, module, ("qweight", "scales"))
-        if len(parts) == 2 and all(len(p.shape) == 2 for p in parts.values()):
-            return parts["scales"].shape[1] == 8 * parts["qweight"].shape[1]
-    return False
-
-
 def claims(block: Block | None, headers: Headers) -> bool:
     """Whether the config says AWQ, or says nothing and the shapes do."""
     method = (block or {}).get("quant_method") or (block or {}).get("method")
     if isinstance(method, str):
         return method.lower() == "awq"
-    return _looks_like_awq(headers)
+    return packed_along(headers) == "AWQ"
 
 
 def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
@@ -93,14 +86,23 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
     if bits != 4:
         keys.problem("bits", f"{bits}" if bits else "no such key", "4, the only width AWQ has")
     if version.lower() != "gemm":
-        keys.problem("version", f"{version!r}", "'gemm', the layout this version reads")
+        keys.problem(
+            "version",
+            f"{version!r}",
+            "'gemm', the layout this version reads",
+            "save it again as gemm in the tool that wrote it",
+        )
     if group_size is not None and (group_size == 0 or group_size < -1):
         keys.problem("group_size", f"{group_size}", "-1 or a positive number")
+    if packed_along(headers) == "GPTQ":
+        keys.problem("quant_method", "'awq', and tensors of GPTQ", "those of AWQ")
     raise_all(keys.problems)
 
-    modules = modules_with(headers, "qweight")
+    modules = modules_with(headers, "qweight", "qzeros")
     if not modules:
-        raise QplugError("no `*.qweight` tensor", "the checkpoint's headers", "quantized linears")
+        raise QplugError(
+            "no `*.qweight` tensor", "the checkpoint's headers", "quantized linears", INCOMPLETE
+        )
     problems: list[QplugError] = []
     linears = {}
     for module in modules:
@@ -108,13 +110,15 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
         missing = [n for n in ("qweight", "qzeros", "scales") if n not in stored]
         if missing:
             problems += [
-                QplugError("no such tensor", f"{module}.{n}", "a 2-D tensor") for n in missing
+                QplugError("no such tensor", f"{module}.{n}", "a 2-D tensor", INCOMPLETE)
+                for n in missing
             ]
             continue
         flat = [n for n, s in stored.items() if len(s.shape) != 2 or 0 in s.shape]
         if flat:
             problems += [
-                QplugError(str(stored[n]), f"{module}.{n}", "a 2-D tensor, not empty") for n in flat
+                QplugError(str(stored[n]), f"{module}.{n}", "a 2-D tensor, not empty", INCOMPLETE)
+                for n in flat
             ]
             continue
         in_features, words = stored["qweight"].shape
@@ -128,7 +132,9 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
         size = in_features if size == -1 else size
         if stored["scales"].dtype not in FLOATS:
             problems.append(
-                QplugError(str(stored["scales"]), f"{module}.scales", " or ".join(FLOATS))
+                QplugError(
+                    str(stored["scales"]), f"{module}.scales", " or ".join(FLOATS), INCOMPLETE
+                )
             )
             continue
         if in_features % size:

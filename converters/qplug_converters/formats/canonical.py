@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..block import Keys, dense_modules, modules_with, parts_of
+from ..block import INCOMPLETE, Keys, dense_modules, modules_with, parts_of
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import FLOATS, Holds, Layout, Packing, Part
@@ -75,12 +75,19 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
                 "no tensors" if there else "no entry",
                 f"{module}.codes" if there else f"quantization_config.modules.{module}",
                 "both an entry in the config and tensors",
+                INCOMPLETE,
             )
         )
     for module in stored_modules:
         if module not in modules:
             continue
-        own = Keys(modules[module], f"quantization_config.modules.{module}")
+        where = f"quantization_config.modules.{module}"
+        if not isinstance(modules[module], dict):
+            problems.append(
+                QplugError(f"{modules[module]!r}", where, "a JSON object", "correct the config")
+            )
+            continue
+        own = Keys(modules[module], where)
         bits, group_size = own.get(int, "bits", default=0), own.get(int, "group_size", default=0)
         in_features = own.get(int, "in_features", default=0)
         if not (1 <= bits <= 8 and group_size > 0 and in_features > 0):
@@ -93,11 +100,22 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
         scales = stored.get("scales")
         if scales is None or scales.dtype not in FLOATS:
             problems.append(
-                QplugError(str(scales or "no such tensor"), f"{module}.scales", " or ".join(FLOATS))
+                QplugError(
+                    str(scales or "no such tensor"),
+                    f"{module}.scales",
+                    " or ".join(FLOATS),
+                    INCOMPLETE,
+                )
+            )
+            continue
+        codes = stored["codes"]
+        if len(codes.shape) != 2 or 0 in codes.shape:
+            problems.append(
+                QplugError(str(codes), f"{module}.codes", "a 2-D tensor, not empty", INCOMPLETE)
             )
             continue
         scheme = Scheme(
-            stored["codes"].shape[0] if stored["codes"].shape else 0,
+            codes.shape[0],
             in_features,
             bits,
             min(group_size, in_features),
@@ -105,7 +123,9 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
             act_order="g_idx" in stored,
             scale_dtype=scales.dtype,
         )
-        wrong = layout(scheme).check(module, scheme.sizes, stored, "the file is damaged")
+        wrong = layout(scheme).check(
+            module, scheme.sizes, stored, "the config and the tensors must agree"
+        )
         problems += wrong
         if scheme.has_g_idx and not wrong:
             g_idx = peek(f"{module}.g_idx")
@@ -115,6 +135,7 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
                         f"values from {g_idx.min()} to {g_idx.max()}",
                         f"{module}.g_idx",
                         f"0 to {scheme.groups - 1}",
+                        INCOMPLETE,
                     )
                 )
                 continue
@@ -123,7 +144,9 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
         linears[module] = scheme
     raise_all(problems)
     if not linears:
-        raise QplugError("no `*.codes` tensor", "the checkpoint's headers", "quantized linears")
+        raise QplugError(
+            "no `*.codes` tensor", "the checkpoint's headers", "quantized linears", INCOMPLETE
+        )
     return ModelScheme("canonical", linears, dense_modules(headers), "qplug", (), keys.block)
 
 

@@ -30,7 +30,16 @@ from typing import Any
 
 import numpy as np
 
-from ..block import Keys, dense_linears, dense_modules, modules_with, parts_of, stated_group_size
+from ..block import (
+    INCOMPLETE,
+    Keys,
+    dense_linears,
+    dense_modules,
+    modules_with,
+    packed_along,
+    parts_of,
+    stated_group_size,
+)
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import FLOATS, Holds, Layout, Packing, Part
@@ -87,7 +96,7 @@ def checkpoint_format(block: Block | None) -> str | None:
     """Return the value of `checkpoint_format` (or `format`), lower case; None if not GPTQ."""
     block = block or {}
     method = block.get("quant_method") or block.get("method")
-    if isinstance(method, str) and method.lower() != "gptq":
+    if method and (not isinstance(method, str) or method.lower() != "gptq"):
         return None
     value = block.get("checkpoint_format") or block.get("format")
     if block.get("is_marlin_format") is True:
@@ -97,24 +106,11 @@ def checkpoint_format(block: Block | None) -> str | None:
     return value.lower()
 
 
-def _looks_like_gptq(headers: Headers) -> bool:
-    """Whether some linear is stored the GPTQ way: `scales` as wide as `qweight`."""
-    for module in modules_with(headers, "qweight"):
-        parts = parts_of(headers, module, ("qweight", "scales"))
-        shapes = [parts[n].shape for n in parts]
-        return (
-            len(shapes) == 2
-            and parts["qweight"].dtype == "I32"
-            and shapes[0][-1:] == shapes[1][-1:]
-        )
-    return False
-
-
 def claims(block: Block | None, headers: Headers) -> bool:
     """Whether this is a v1 checkpoint (or one of an unknown `checkpoint_format`)."""
     if block and (block.get("quant_method") or block.get("method")):
         return checkpoint_format(block) not in (None, "gptq_v2")
-    return _looks_like_gptq(headers) and checkpoint_format(block) != "gptq_v2"
+    return packed_along(headers) == "GPTQ" and checkpoint_format(block) != "gptq_v2"
 
 
 def producer(block: Block) -> str:
@@ -129,7 +125,7 @@ def producer(block: Block) -> str:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", text.partition(":")[2])[:3])
+    return tuple(int(n) for n in re.findall(r"\d{1,9}", text.partition(":")[2])[:3])
 
 
 def zero_rule(made_by: str, bits: int, base_bits: int, dynamic: bool) -> str:
@@ -200,14 +196,17 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
             keys.problem("group_size", f"{group_size}", "-1 or a positive number")
         if word != "int32":
             keys.problem("pack_dtype", f"{word!r}", "'int32'")
+        keys.get(str, "checkpoint_format", "format")
         overrides = _overrides(keys, dynamic)
+        if packed_along(headers) == "AWQ":
+            keys.problem("quant_method", "'gptq', and tensors of AWQ", "those of GPTQ")
         raise_all(keys.problems)
 
         made_by = producer(block)
-        modules = modules_with(headers, "qweight")
+        modules = modules_with(headers, "qweight", "qzeros")
         if not modules:
             raise QplugError(
-                "no `*.qweight` tensor", "the checkpoint's headers", "quantized linears"
+                "no `*.qweight` tensor", "the checkpoint's headers", "quantized linears", INCOMPLETE
             )
         problems: list[QplugError] = []
         linears: dict[str, Scheme] = {}
@@ -224,6 +223,7 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
                     )
                 )
                 continue
+            known = len(problems)
             mine = Keys(own, f"quantization_config.dynamic for {module}")
             scheme = _linear(
                 module,
@@ -235,7 +235,9 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
                 sym=mine.get(bool, "sym", default=sym is not False),
                 desc_act=mine.get(bool, "desc_act", default=desc_act),
             )
-            problems += mine.problems
+            if mine.problems:  # what the defaults then led to is no news
+                problems[known:] = mine.problems
+                continue
             if scheme is None:
                 continue
             rule = rules(made_by, scheme.bits, bits, bool(dynamic))
@@ -252,6 +254,7 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
                         "no such tensor",
                         f"{module}.g_idx",
                         f"I32[{scheme.in_features}], as other linears or desc_act promise",
+                        INCOMPLETE,
                     )
                 )
         raise_all(problems)
@@ -290,15 +293,22 @@ def _linear(
     stored = parts_of(headers, module, ("qweight", "qzeros", "scales", "g_idx"))
     where = f"{module}.qweight"
     if bits not in BITS:
-        problems.append(QplugError(f"{bits} bits", where, f"one of {BITS}"))
+        problems.append(QplugError(f"{bits} bits", where, f"one of {BITS}", "correct the config"))
         return None
     for name, dims in (("qweight", 2), ("scales", 2)):
         if name not in stored:
-            problems.append(QplugError("no such tensor", f"{module}.{name}", f"a {dims}-D tensor"))
+            problems.append(
+                QplugError("no such tensor", f"{module}.{name}", f"a {dims}-D tensor", INCOMPLETE)
+            )
             return None
         if len(stored[name].shape) != dims or 0 in stored[name].shape:
             problems.append(
-                QplugError(str(stored[name]), f"{module}.{name}", f"a {dims}-D tensor, not empty")
+                QplugError(
+                    str(stored[name]),
+                    f"{module}.{name}",
+                    f"a {dims}-D tensor, not empty",
+                    INCOMPLETE,
+                )
             )
             return None
     rows, out = stored["qweight"].shape
@@ -318,24 +328,42 @@ def _linear(
         )
         return None
     if inp.denominator != 1:
-        problems.append(QplugError(str(stored["qweight"]), where, f"whole words of {bits} bits"))
+        problems.append(
+            QplugError(
+                str(stored["qweight"]),
+                where,
+                f"whole words of {bits} bits",
+                "correct bits in the config",
+            )
+        )
         return None
     in_features = int(inp)
     if group_size is None:
         if in_features % groups:
             problems.append(
-                QplugError("no such key", "quantization_config.group_size", "a positive number")
+                QplugError(
+                    "no such key",
+                    "quantization_config.group_size",
+                    "a positive number",
+                    "correct the config",
+                )
             )
             return None
         group_size = in_features // groups
     size = in_features if group_size == -1 else group_size
     if size <= 0:
-        problems.append(QplugError(f"group_size {group_size}", where, "-1 or a positive number"))
+        problems.append(
+            QplugError(
+                f"group_size {group_size}", where, "-1 or a positive number", "correct the config"
+            )
+        )
         return None
     size = min(size, in_features)
     scale_dtype = stored["scales"].dtype
     if scale_dtype not in FLOATS:
-        problems.append(QplugError(str(stored["scales"]), f"{module}.scales", " or ".join(FLOATS)))
+        problems.append(
+            QplugError(str(stored["scales"]), f"{module}.scales", " or ".join(FLOATS), INCOMPLETE)
+        )
         return None
     scheme = Scheme(
         out,
@@ -364,6 +392,7 @@ def _linear(
                     f"values from {g_idx.min()} to {g_idx.max()}",
                     f"{module}.g_idx",
                     f"0 to {groups - 1}",
+                    INCOMPLETE,
                 )
             )
             return None
