@@ -95,13 +95,14 @@ def prepare(
     _check_weight(weight)
     device = torch.device(device)
     problem = Problem.here(weight, dtype, device)
-    choice = choose(problem, force=os.environ.get("QPLUG_KERNEL") or None)
+    force = os.environ.get("QPLUG_KERNEL") or None
+    choice = choose(problem, force=force)
     tensors = {
         name: tensor.contiguous().to(device)
         for name, tensor in choice.kernel.prepare(weight, problem).items()
     }
     prepared = Prepared(choice.kernel.name, weight.in_features, weight.out_features, dtype, tensors)
-    _log(choice, problem, prepared)
+    _log(choice, problem, "QPLUG_KERNEL asks for it" if force else choice.reasons)
     return prepared
 
 
@@ -138,12 +139,12 @@ def _say(level: int, line: str) -> None:
     LOG.log(level, line)
 
 
-def _log(choice: Choice, problem: Problem, prepared: Prepared) -> None:
+def _log(choice: Choice, problem: Problem, reasons: str) -> None:
     kernel, bits = choice.kernel, problem.bits
-    because = f" ({choice.reasons})" if choice.rejected else ""
+    because = f" ({reasons})" if reasons else ""
     if kernel.dense:
         # The number of bytes is that of the dtype, so that one line stands for all linears.
-        size = prepared.dtype.itemsize
+        size = problem.dtype.itemsize
         _say(
             logging.WARNING,
             f"{bits}-bit linears on {problem.device} are decoded to dense {problem.dtype_name}, "
