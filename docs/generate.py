@@ -1,0 +1,114 @@
+"""Write docs/formats.md and docs/cli.md from the code; `--check` says whether they are true."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+import click
+
+import qplug.cli
+from qplug.cli import COMMANDS
+from qplug_converters import zeros
+from qplug_converters.format import Format
+from qplug_converters.formats import FORMATS
+from qplug_converters.layout import Part
+from qplug_converters.scheme import Scheme
+
+HERE = Path(__file__).parent
+HEAD = "<!-- Written by `make docs` from the code: do not edit. -->\n\n"
+
+
+def part_row(part: Part) -> str:
+    """Return one stored tensor as a table row."""
+    axes = [f"{n}/{part.packing.factor}" if part.packing and i == part.packed_axis else n
+            for i, n in enumerate(part.axes)]  # fmt: skip
+    order = part.packing.order if part.packing else ()
+    notes = [f"order {' '.join(map(str, order))}"] if order else []
+    notes += [f"zero rule `{part.rule}`"] if part.rule != "as_is" else []
+    pattern = f"`{part.stream}`" + (f", `{part.stored}`" if part.stored else "")
+    return (
+        f"| `{part.name}` | {part.holds.value} | {part.dtype} | [{', '.join(axes)}] "
+        f"| {pattern} | {'; '.join(notes)} |"
+    )
+
+
+def format_section(one: Format) -> str:
+    """Return what a format is: its docstring, its capacity, its layout."""
+    module = inspect.getmodule(one.claims)
+    assert module is not None
+    doc = inspect.cleandoc(module.__doc__ or "")
+    lines = [f"## {one.name}", "", doc, ""]
+    holds = one.capacity
+    bits = 4
+    if holds is not None:
+        low, high = holds.zeros(bits)
+        lines += [
+            f"Holds: {', '.join(map(str, holds.bits))} bits; zeros {low} to {high} at 4 bits; "
+            f"act order: {'yes' if holds.act_order else 'no'}; short last group: "
+            f"{'yes' if holds.ragged else 'no'}; scales {', '.join(holds.scale_dtypes)}.",
+            "",
+        ]
+    scheme = one.adopt(Scheme(4096, 4096, bits, 128, act_order=bool(holds and holds.act_order)))
+    lines += [
+        "Layout at 4 bits:",
+        "",
+        "| tensor | holds | dtype | shape | patterns | |",
+        "|---|---|---|---|---|---|",
+        *(part_row(part) for part in one.layout(scheme)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def formats_page() -> str:
+    """Return docs/formats.md."""
+    intro = (
+        "# Formats\n\nA stored tensor is described by two einops patterns around a little-endian "
+        "bit stream: canonical axes to rows of codes, and rows of words to the tensor "
+        "(`qplug_converters/layout.py`).\n\n"
+    )
+    rules = ["## Zero rules of GPTQ v1", "", "| rule | stored zero to zero |", "|---|---|"]
+    rules += [f"| `{name}` | {rule.summary} |" for name, rule in zeros.RULES.items()]
+    return HEAD + intro + "\n".join(map(format_section, FORMATS)) + "\n".join(rules) + "\n"
+
+
+def cli_page() -> str:
+    """Return docs/cli.md."""
+    group = qplug.cli.group
+    pages = [HEAD + "# Command line\n"]
+    context = click.Context(group, info_name="qplug", terminal_width=90)
+    pages.append(f"```\n{group.get_help(context)}\n```\n")
+    for name in COMMANDS:
+        command = group.get_command(context, name)
+        assert command is not None
+        own = click.Context(command, info_name=name, parent=context, terminal_width=90)
+        pages.append(f"## qplug {name}\n\n```\n{command.get_help(own)}\n```\n")
+    return "\n".join(pages)
+
+
+PAGES = {"formats.md": formats_page, "cli.md": cli_page}
+
+
+def main() -> int:
+    """Write the pages, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name, page in PAGES.items():
+        path, text = HERE / name, page()
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    if check and stale:
+        print(f"docs/{', docs/'.join(stale)}: not what the code says; run `make docs`")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
