@@ -62,12 +62,12 @@ def modules_with(headers: Headers, *parts: str) -> list[str]:
 
 
 def packed_along(headers: Headers) -> str | None:
-    """Return how `qweight` is packed: along the inputs (`GPTQ`), or the outputs (`AWQ`)."""
+    """Return the axis along which `qweight` is packed: `inp` as in GPTQ, `out` as in AWQ GEMM."""
     for module in modules_with(headers, "qweight"):
         shapes = [spec.shape for spec in parts_of(headers, module, ("qweight", "scales")).values()]
         if len(shapes) == 2 and all(len(shape) == 2 for shape in shapes):
             words, width = shapes[0][1], shapes[1][1]
-            return "GPTQ" if words == width else "AWQ" if 8 * words == width else None
+            return "inp" if words == width else "out" if 8 * words == width else None
     return None
 
 

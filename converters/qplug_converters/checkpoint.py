@@ -43,6 +43,10 @@ _NUMPY = {
 }  # fmt: skip
 """NumPy has no bfloat16 or float8: those come as unsigned integers of the same width."""
 
+_MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Copy-on-write, for torch wants writable memory and nothing is ever written; without a reserve,
+or Linux refuses a file larger than the memory (Python names the flag since 3.13)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -383,9 +387,13 @@ class Checkpoint:
     def _bytes(self, name: str) -> tuple[mmap.mmap, Location]:
         location = self.locations[name]
         if location.file not in self._maps:
-            with location.file.open("rb") as file:
-                # Copy-on-write: torch wants writable memory, and nothing is ever written.
-                self._maps[location.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            try:
+                with location.file.open("rb") as file:
+                    self._maps[location.file] = mmap.mmap(
+                        file.fileno(), 0, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                    )
+            except OSError as error:
+                raise _unreadable(location.file, error) from None
         return self._maps[location.file], location
 
     def peek(self, name: str) -> NDArray[np.generic]:
@@ -394,7 +402,7 @@ class Checkpoint:
         dtype = np.dtype(_NUMPY[location.spec.dtype])
         count = prod(location.spec.shape)
         if location.offset % dtype.itemsize:  # legal in the format, not for a typed view
-            raw = data[location.offset : location.offset + location.spec.nbytes]
+            raw = bytearray(data[location.offset : location.offset + location.spec.nbytes])
             return np.frombuffer(raw, dtype, count).reshape(location.spec.shape)
         return np.frombuffer(data, dtype, count, location.offset).reshape(location.spec.shape)
 

@@ -72,7 +72,7 @@ def claims(block: Block | None, headers: Headers) -> bool:
     method = (block or {}).get("quant_method") or (block or {}).get("method")
     if isinstance(method, str):
         return method.lower() == "awq"
-    return packed_along(headers) == "AWQ"
+    return packed_along(headers) == "out"
 
 
 def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
@@ -94,8 +94,13 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
         )
     if group_size is not None and (group_size == 0 or group_size < -1):
         keys.problem("group_size", f"{group_size}", "-1 or a positive number")
-    if packed_along(headers) == "GPTQ":
-        keys.problem("quant_method", "'awq', and tensors of GPTQ", "those of AWQ")
+    if packed_along(headers) == "inp":
+        keys.problem(
+            "quant_method",
+            "'awq' over a qweight packed along the inputs",
+            "one packed along the outputs",
+            "correct the config: GPTQ and AWQ GEMV pack along the inputs",
+        )
     raise_all(keys.problems)
 
     modules = modules_with(headers, "qweight", "qzeros")

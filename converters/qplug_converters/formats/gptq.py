@@ -110,7 +110,7 @@ def claims(block: Block | None, headers: Headers) -> bool:
     """Whether this is a v1 checkpoint (or one of an unknown `checkpoint_format`)."""
     if block and (block.get("quant_method") or block.get("method")):
         return checkpoint_format(block) not in (None, "gptq_v2")
-    return packed_along(headers) == "GPTQ" and checkpoint_format(block) != "gptq_v2"
+    return packed_along(headers) == "inp" and checkpoint_format(block) != "gptq_v2"
 
 
 def producer(block: Block) -> str:
@@ -198,8 +198,13 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
             keys.problem("pack_dtype", f"{word!r}", "'int32'")
         keys.get(str, "checkpoint_format", "format")
         overrides = _overrides(keys, dynamic)
-        if packed_along(headers) == "AWQ":
-            keys.problem("quant_method", "'gptq', and tensors of AWQ", "those of GPTQ")
+        if packed_along(headers) == "out":
+            keys.problem(
+                "quant_method",
+                "'gptq' over a qweight packed along the outputs",
+                "one packed along the inputs",
+                "correct the config: AWQ packs along the outputs",
+            )
         raise_all(keys.problems)
 
         made_by = producer(block)

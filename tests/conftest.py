@@ -1,0 +1,33 @@
+"""Fixtures that several rooms share; what builds checkpoints is in `support/builders.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from builders import Command, Ran
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Return the folder of checkpoints written by real tools; read-only."""
+    folder = Path(__file__).resolve().parent / "golden"
+    assert folder.is_dir(), "tests/golden is part of the repository"
+    return folder
+
+
+@pytest.fixture
+def qplug(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Return a function that runs the command line inside this process."""
+    from qplug.cli import main
+
+    def run(*arguments: object) -> Ran:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        streams = capfd.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Ran(code, streams.out, streams.err)
+
+    return run
