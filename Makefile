@@ -53,7 +53,9 @@ engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real 
 	$(BIN)/pytest integration tests -m "engine and not slow" --durations=15
 
 bench: $(READY) $(DENSE) ## measure against cp, clone(), stock vLLM and dense; prints a table
-	$(BIN)/python integration/benchmarks/run.py
+	@for bench in integration/benchmarks/bench_*.py; do \
+		echo "== $$bench"; $(BIN)/python $$bench || exit 1; \
+	done
 
 docs: $(READY) ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py
