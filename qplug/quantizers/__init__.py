@@ -18,7 +18,7 @@ from qplug_converters.formats import dense
 from qplug_converters.layout import FLOATS
 from qplug_converters.plan import Plan, Step, Verdict, Wishes
 from qplug_converters.scheme import ModelScheme, Scheme
-from qplug_converters.weight import QuantizedWeight
+from qplug_converters.weight import AffineGrid, QuantizedWeight
 from qplug_converters.writer import MAX_SHARD
 
 from . import rtn
@@ -29,6 +29,8 @@ Quantizer = Callable[[Tensor, Scheme, tuple[int, int]], QuantizedWeight]
 QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn.quantize}
 """Every algorithm by the name that `--method` takes."""
 
+_CHUNK = 1 << 20
+"""Weights quantized at a time: temporaries stay in the cache."""
 _KEPT = ("lm_head", "gate", "router", "score", "classifier", "shared_expert_gate")
 """Last components of linears that stay dense: heads, and routers whose errors flip experts."""
 _KEPT_TOWERS = ("visual", "vision", "audio", "multi_modal", "mm_projector")
@@ -132,18 +134,33 @@ def quantize(
     squares: dict[str, tuple[float, float]] = {}
 
     def rows(step: Step, start: int, stop: int) -> QuantizedWeight:
-        weight = checkpoint.tensor(f"{step.module}.weight")[start:stop].float()
-        if not bool(torch.isfinite(weight).all()):
-            raise QplugError("weights that are NaN or infinite", f"{step.module}.weight", "numbers")
-        found = quantizer(weight, step.source, span)
-        error = float((weight - found.dequantize()).double().square().sum())
-        before = squares.get(step.module, (0.0, 0.0))
-        norm = float(weight.double().square().sum())
-        squares[step.module] = (before[0] + error, before[1] + norm)
-        return found
+        stored = checkpoint.tensor(f"{step.module}.weight")
+        height = max(1, _CHUNK // step.source.in_features)
+        pieces = []
+        error, norm = squares.get(step.module, (0.0, 0.0))
+        for at in range(start, stop, height):
+            weight = stored[at : min(at + height, stop)].float()
+            if not bool(torch.isfinite(weight).all()):
+                raise QplugError("NaN or infinite weights", f"{step.module}.weight", "numbers")
+            pieces.append(quantizer(weight, step.source, span))
+            norm += float(torch.linalg.vector_norm(weight)) ** 2
+            error += float(torch.linalg.vector_norm(weight - pieces[-1].dequantize())) ** 2
+        squares[step.module] = (error, norm)
+        return _stack(pieces)
 
     execute(plan, checkpoint, target_folder, rows=rows, progress=progress, max_shard=max_shard)
     errors = {m: (e / n) ** 0.5 if n else 0.0 for m, (e, n) in squares.items()}
     whole = sum(n for _, n in squares.values())
     relative = (sum(e for e, _ in squares.values()) / whole) ** 0.5 if whole else 0.0
     return QuantizeReport(steps[0].target.describe(), errors, relative, tuple(left))
+
+
+def _stack(pieces: list[QuantizedWeight]) -> QuantizedWeight:
+    """Put blocks of output rows of one linear on top of each other."""
+    grids = [piece.grid for piece in pieces]
+    grid = AffineGrid(
+        torch.cat([grid.scales for grid in grids]),
+        torch.cat([grid.zeros for grid in grids]),
+        grids[0].group_size,
+    )
+    return QuantizedWeight(torch.cat([p.codes for p in pieces]), pieces[0].bits, grid)

@@ -47,6 +47,6 @@ def quantize(weight: Tensor, scheme: Scheme, span: tuple[int, int]) -> Quantized
         scales = torch.where(zeros == top, -low / top, scales)
     scales = scales.clamp(min=SMALLEST).to(TORCH_DTYPES[scheme.scale_dtype])
     steps = padded / scales.float()[:, :, None]
-    codes = (steps.round_() + zeros[:, :, None]).clamp_(0, top).to(torch.uint8)
+    codes = steps.round_().add_(zeros[:, :, None]).clamp_(0, top).to(torch.uint8)
     grid = AffineGrid(scales, zeros.to(torch.int16), size)
     return QuantizedWeight(codes.view(rows, -1)[:, :inp].contiguous(), scheme.bits, grid)
