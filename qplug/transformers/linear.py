@@ -81,7 +81,10 @@ class QuantLinear(nn.Linear):
             found = torch.empty(shape, dtype=self.compute_dtype, device="meta")
         else:
             found = self.dequantize().to(self.compute_dtype)
-        return found.as_subclass(ReadOnly)
+        weight = found.as_subclass(ReadOnly)
+        # Some models initialize the linears of a block from the block (GPT-2), and pass over this.
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
 
     @weight.setter
     def weight(self, value: Tensor) -> None:

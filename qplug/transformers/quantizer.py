@@ -5,9 +5,10 @@ Only hooks that every supported Transformers has, with the same meaning, are ove
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -88,9 +89,10 @@ class QplugQuantizer(HfQuantizer):
             for path, module in model.named_modules():
                 if isinstance(module, QuantLinear):
                     _finish(path, module, dispatched=hasattr(model, "hf_device_map"))
+        _return_freed_memory()
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        """Turn the quantized linears into ordinary ones, and the whole model into `dtype`."""
+        """Turn the quantized linears into ordinary ones, and all parameters into `dtype`."""
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         with _told():
             for path, module in list(model.named_modules()):
@@ -100,7 +102,13 @@ class QplugQuantizer(HfQuantizer):
                 if isinstance(module, QuantLinear):
                     model.set_submodule(path, _dense(module, wanted))
         if model.dtype != wanted:
-            nn.Module.to(model, wanted)  # PreTrainedModel.to refuses for a quantized model
+            # Not `model.to`: that is refused for a quantized model, and would round the rotary
+            # frequencies, buffers that a loaded model has in float32.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(wanted)
+        text = model.config.get_text_config()
+        if text is not model.config and hasattr(text, "quantization_config"):
+            del text.quantization_config  # a second place for the block, in vision models
         return model
 
 
@@ -145,6 +153,15 @@ def _finish(path: str, module: QuantLinear, *, dispatched: bool) -> None:
         except QplugError as error:
             error.where = f"{path}.{error.where}" if error.where else path
             raise
+
+
+def _return_freed_memory() -> None:
+    """Give the holes that decoding left in the heap back to the system.
+
+    glibc keeps what lies below a live block: 165 of 378 MB after loading a 135M model at bfloat16.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _dense(module: QuantLinear, dtype: torch.dtype) -> nn.Module:
