@@ -61,9 +61,10 @@ def pack(codes: NDArray[np.integer], packing: Packing) -> Words:
         step = 8 // bits
         octets = np.zeros((rows, words * packing.word_bits // 8, step), np.uint8)
         octets.reshape(rows, -1)[:, : codes.shape[1]] = codes
-        octets <<= np.arange(0, 8, bits, dtype=np.uint8)
-        whole: Words = np.bitwise_or.reduce(octets, axis=2).view(_UNSIGNED[packing.word])
-        return whole
+        whole = octets[:, :, 0]
+        for at in range(1, step):
+            whole = whole | octets[:, :, at] << np.uint8(at * bits)
+        return np.ascontiguousarray(whole).view(_UNSIGNED[packing.word])
     wide = np.unpackbits(codes.astype(np.uint8)[:, :, None], axis=2, bitorder="little")
     stream = np.zeros((rows, words * packing.word_bits), np.uint8)
     stream[:, : codes.shape[1] * bits] = wide[:, :, :bits].reshape(rows, -1)
