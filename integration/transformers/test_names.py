@@ -122,6 +122,7 @@ def test_other_heads(gptq_of, quantized):
     linears = quantized(base)
     for stem, expected in reference.items():
         assert torch.equal(linears[stem.removeprefix("model.")].dequantize(), expected)
+    assert base.num_parameters() < 20_000  # embeddings and norms
     classifier = hf.AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, num_labels=3, pad_token_id=0
     )
@@ -130,3 +131,17 @@ def test_other_heads(gptq_of, quantized):
     scores = classifier.score.weight
     assert scores.shape == (3, 64)
     assert scores.abs().max() < 1
+
+
+def test_bert_without_its_pooler(gptq_of, quantized):
+    """A part of the base model that only some tasks train."""
+    config = hf.BertConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    folder, reference, _ = gptq_of(
+        hf.BertForMaskedLM(config), lambda stem: ".layer." in stem and "LayerNorm" not in stem
+    )
+    model = hf.AutoModel.from_pretrained(folder, dtype=torch.float32)
+    assert len(quantized(model)) == len(reference) == 6
+    assert type(model.pooler.dense) is torch.nn.Linear

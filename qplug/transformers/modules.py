@@ -21,13 +21,15 @@ from qplug_converters.checkpoint import Location, read_header
 from qplug_converters.errors import QplugError, Unsupported, raise_all
 from qplug_converters.format import Format
 from qplug_converters.formats import FORMATS
-from qplug_converters.layout import TensorSpec
+from qplug_converters.layout import FLOATS, TensorSpec
 from qplug_converters.scheme import ModelScheme, Scheme
 
 from . import compat
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """Names of stored tensors that belong to a quantized linear and to nothing else."""
+
+ANY_FLOAT = (*FLOATS, "F64", "F8_E4M3", "F8_E5M2")
 
 ROLES = {
     "gate_proj": "gate", "w1": "gate",
@@ -106,9 +108,9 @@ class _Names:
     def __init__(self, model: Any) -> None:
         self.prefix = model.base_model_prefix
         self.renamings, self.converters = compat.renamings_of(model)
-        self.known: dict[str, bool] = dict.fromkeys(model.state_dict(), True)
+        self.known: dict[str, Any] = model.state_dict()
 
-    def of(self, key: str, known: Mapping[str, bool] | None = None) -> tuple[str, str | None]:
+    def of(self, key: str, known: Mapping[str, Any] | None = None) -> tuple[str, str | None]:
         """Return the model's name for a tensor, and the pattern of a converter that takes it."""
         known = self.known if known is None else known
         return compat.loader_name(key, self.renamings, self.converters, self.prefix, known)
@@ -149,20 +151,24 @@ def plan_swaps(
     tied = compat.tied_names(model)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     problems = _orphans(headers, linears, names)
+    broken = {names.module(problem.where.rpartition(".")[0]) for problem in problems}
     swaps: list[Swap] = []
     for stem, scheme in linears.items():
         path = names.module(stem)
         if f"{path}.weight" in names.known:
             wrong = _check(modules[path], path, stem, scheme, headers, tied)
             problems += wrong
-            if not wrong:
+            if wrong:
+                broken.add(path)
+            else:
                 swaps.append(Swap(stem, path, scheme, f"{stem}.bias" in headers))
         else:
             expert = _expert(stem, path, scheme, names, modules, problems)
             swaps += [expert] if expert else []
     problems += _half_experts(swaps, modules)
     problems += _not_where_expected(swaps, headers, names)
-    problems += _without_weights(model, swaps, headers, names, tied)
+    problems += _misfits(headers, names)
+    problems += _missing(model, swaps, headers, names, tied, broken)
     raise_all(problems)
     return swaps
 
@@ -224,14 +230,11 @@ def _check(
                 "config.json and the tensors must be of the same model",
             )
         )
-    spec = headers.get(f"{stem}.bias")
-    if spec is None and getattr(module, "bias", None) is not None:
-        problems.append(QplugError("no such tensor", f"{stem}.bias", f"[{size[0]}] numbers"))
-    elif spec is not None and (
-        spec.shape != (scheme.out_features,) or spec.dtype not in ("F16", "BF16", "F32")
-    ):
-        expected = f"[{scheme.out_features}] in F16, BF16 or F32"
-        problems.append(QplugError(str(spec), f"{stem}.bias", expected))
+    spec = headers.get(f"{stem}.bias")  # one that the model has is checked with its other tensors
+    if spec is not None and (spec.shape != (scheme.out_features,) or spec.dtype not in FLOATS):
+        expected = f"[{scheme.out_features}] in {', '.join(FLOATS)}"
+        if getattr(module, "bias", None) is None:
+            problems.append(QplugError(str(spec), f"{stem}.bias", expected))
     return problems
 
 
@@ -321,26 +324,69 @@ def _not_where_expected(
     return problems
 
 
-def _without_weights(
+def _misfits(headers: Mapping[str, TensorSpec], names: _Names) -> list[QplugError]:
+    """Find unquantized tensors of the wrong shape or kind.
+
+    The loader checks no shapes where a quantizer is present, and casts whatever it is given.
+    """
+    problems = []
+    for key, spec in headers.items():
+        name, pattern = names.of(key)
+        wanted = names.known.get(name) if pattern is None else None
+        if wanted is None:
+            continue
+        shape = tuple(wanted.shape)
+        if spec.shape != shape or (wanted.is_floating_point() and spec.dtype not in ANY_FLOAT):
+            kind = "floating-point" if wanted.is_floating_point() else "whole"
+            problems.append(
+                QplugError(str(spec), key, f"{list(shape)} {kind} numbers, as config.json says")
+            )
+    return problems
+
+
+def _missing(
     model: Any,
     swaps: list[Swap],
     headers: Mapping[str, TensorSpec],
     names: _Names,
     tied: set[str],
+    told: set[str],
 ) -> list[QplugError]:
-    """Find linears of the base model that the checkpoint has no weights for at all.
+    """Find parameters of the base model that the checkpoint has nothing for.
 
-    A head outside the base model may be new: a classifier is trained on a quantized base.
+    What lies outside it may be new, such as the head of a classifier that is trained on a
+    quantized base; so may a pooler inside it. `told` are modules whose problem is known already.
     """
-    filled = names.filled(headers) | tied | {f"{swap.path}.weight" for swap in swaps}
+    filled = names.filled(headers) | tied
+    for swap in swaps:
+        filled.add(f"{swap.path}.weight")
+        if swap.owner:
+            filled |= {f"{swap.owner}.gate_up_proj", f"{swap.owner}.down_proj"}
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
-    base = f"{names.prefix}." if hasattr(model, names.prefix or "?") else ""
-    return [
-        QplugError("no such tensor", f"{path}.weight", "a weight, quantized or not",
-                   "the checkpoint is incomplete, or of another model")
-        for path, module in model.named_modules()
-        if path.startswith(base)
-        and linear_size(module) is not None
-        and f"{path}.weight" not in filled
-        and not any(pattern.search(f"{path}.weight") for pattern in ignored)
-    ]  # fmt: skip
+    base = getattr(model, names.prefix or "?", model)
+    start = f"{names.prefix}." if base is not model else ""
+    lost: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name.startswith(start) and name not in filled:
+            lost.setdefault(name.removeprefix(start).partition(".")[0], []).append(name)
+    problems = []
+    for child, found in lost.items():
+        module = base.get_submodule(child) if child in dict(base.named_children()) else None
+        if module is not None and len(found) == len(list(module.parameters())) and _pools(module):
+            continue
+        problems += [
+            QplugError("no such tensor", name, str(list(names.known[name].shape)),
+                       "the checkpoint is incomplete, or of another model")
+            for name in found
+            if name.rpartition(".")[0] not in told
+            and not any(pattern.search(name) for pattern in ignored)
+        ]  # fmt: skip
+    return problems
+
+
+def _pools(module: nn.Module) -> bool:
+    """Whether this is a small module of linears, no stack of layers and no embedding."""
+    parts = list(module.modules())
+    return any(isinstance(part, nn.Linear) for part in parts) and not any(
+        isinstance(part, nn.ModuleList) for part in parts
+    )
