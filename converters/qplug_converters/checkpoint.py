@@ -186,10 +186,13 @@ class Checkpoint:
         Every tensor by name, in file order.
     shards : tuple of Path
         The safetensors files.
+    zero_rule : str or None
+        The zero rule that replaces the one chosen from the producer.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, zero_rule: str | None = None) -> None:
         self.folder = folder
+        self.zero_rule = zero_rule
         self.config = read_json(self._inside("config.json"))
         self.shards = self._find_shards()
         self.locations: dict[str, Location] = {}
@@ -444,20 +447,15 @@ class Checkpoint:
             )
         if wanted is not None and found is not wanted:
             raise QplugError(
-                f"a {found.name} checkpoint",
+                f"format {found.name}",
                 str(self.folder),
                 f"{wanted.name}, as --from says",
                 "leave out --from, or correct it",
             )
         return found
 
-    def scheme(
-        self, wanted: Format | None = None, zero_rule: str | None = None
-    ) -> tuple[Format, ModelScheme]:
-        """Read what is quantized and how, from headers, config and each `g_idx`.
-
-        `zero_rule` replaces the rule that was chosen from the producer.
-        """
+    def scheme(self, wanted: Format | None = None) -> tuple[Format, ModelScheme]:
+        """Read what is quantized and how, from headers, config and each `g_idx`."""
         found = self.detect(wanted)
         if found.read is None:
             raise QplugError(
@@ -472,8 +470,8 @@ class Checkpoint:
             if not error.where:
                 error.where = str(self.folder)
             raise
-        if zero_rule is not None:
-            model = _force_rule(model, found, zero_rule)
+        if self.zero_rule is not None:
+            model = _force_rule(model, found, self.zero_rule)
         return found, model
 
 
@@ -481,9 +479,9 @@ def _force_rule(model: ModelScheme, found: Format, rule: str) -> ModelScheme:
     """Replace the zero rule of every linear, if the rule is defined for it."""
     if found.name != "gptq":
         raise QplugError(
-            f"a {found.name} checkpoint",
+            f"format {found.name}",
             "--zero-rule",
-            "a GPTQ v1 checkpoint",
+            "gptq, the format that has several rules",
             fix="leave out --zero-rule",
         )
     linears = {}
@@ -494,8 +492,10 @@ def _force_rule(model: ModelScheme, found: Format, rule: str) -> ModelScheme:
     return replace(model, linears=linears)
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, zero_rule: str | None = None) -> Checkpoint:
     """Open a checkpoint folder: its config and headers are read and checked, no tensor is.
+
+    `zero_rule` replaces the GPTQ v1 zero rule that would be chosen from the producer.
 
     Raises
     ------
@@ -506,4 +506,4 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
         raise QplugError(found, str(folder), "a checkpoint folder", "check the path")
-    return Checkpoint(folder)
+    return Checkpoint(folder, zero_rule)

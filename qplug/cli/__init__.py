@@ -8,6 +8,7 @@ only by what needs it.
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from typing import Any
 
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     from qplug_converters.errors import QplugError
 
     as_json = "--json" in (sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names may hold what the terminal's encoding has not; stderr does this by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         result: Any = group.main(args=argv, prog_name="qplug", standalone_mode=False)
     except QplugError as error:
@@ -50,6 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
+        if as_json:
+            wrong = QplugError(error.format_message(), "the command line", fix="see --help")
+            render.data({"error": wrong.as_json()})
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         render.warn("interrupted; nothing was left behind")

@@ -9,21 +9,35 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import render
-from .options import json_option, parse_size
+from .options import format_name, group_size, json_option, parse_size, zero_rule_option
 
 if TYPE_CHECKING:
+    from qplug_converters.format import Format
     from qplug_converters.plan import Plan
 
 
 @click.command()
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--from", "source", metavar="FORMAT", help="Format of SRC (default: detected).")
 @click.option(
-    "--to", "target", metavar="FORMAT", required=True, help="Format of DST (`qplug formats`)."
+    "--from",
+    "source",
+    callback=format_name,
+    metavar="FORMAT",
+    help="Format of SRC (default: detected).",
 )
-@click.option("--bits", type=int, help="Widen every linear to this many bits.")
-@click.option("--group-size", type=int, help="Split groups to this many inputs.")
+@click.option(
+    "--to",
+    "target",
+    callback=format_name,
+    metavar="FORMAT",
+    required=True,
+    help="Format of DST (`qplug formats`).",
+)
+@click.option("--bits", type=click.IntRange(1, 8), help="Widen every linear to this many bits.")
+@click.option(
+    "--group-size", type=int, callback=group_size, help="Split groups to this many inputs."
+)
 @click.option("--sym", is_flag=True, help="Shift codes until zeros are symmetric (needs --bits).")
 @click.option(
     "--dtype",
@@ -32,7 +46,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Dtype of dense weights.",
 )
-@click.option("--zero-rule", metavar="RULE", help="How GPTQ v1 zeros were stored.")
+@zero_rule_option
 @click.option(
     "--allow",
     type=click.Choice(["exact", "rounded", "requantized"]),
@@ -47,8 +61,8 @@ if TYPE_CHECKING:
 def command(
     src: Path,
     dst: Path,
-    source: str | None,
-    target: str,
+    source: Format | None,
+    target: Format,
     bits: int | None,
     group_size: int | None,
     sym: bool,
@@ -65,20 +79,17 @@ def command(
     The plan says of each linear whether its bytes are copied, its weights stay exact, or are
     rounded within a stated bound; what is worse needs --allow. DST appears only when complete.
     """
-    from qplug_converters import formats
     from qplug_converters.checkpoint import open_checkpoint
     from qplug_converters.errors import QplugError
     from qplug_converters.plan import Verdict, Wishes, make_plan
     from qplug_converters.survey import survey
 
-    wanted = formats.find(source) if source is not None else None
-    to = formats.find(target)
     most = parse_size(max_shard_size)
-    checkpoint = open_checkpoint(src)
-    found, model = checkpoint.scheme(wanted, zero_rule)
+    checkpoint = open_checkpoint(src, zero_rule)
+    found, model = checkpoint.scheme(source)
     model = survey(checkpoint, found, model)
     wishes = Wishes(bits=bits, group_size=group_size, sym=sym, dtype=dtype)
-    plan = make_plan(found, model, to, wishes)
+    plan = make_plan(found, model, target, wishes)
     if not as_json:
         _show(plan)
     answer: dict[str, Any] = {"plan": plan_json(plan)}
@@ -88,12 +99,12 @@ def command(
     except QplugError as error:
         refusal = error
     if dry_run:
+        if refusal is not None:
+            answer["refused"] = refusal.as_json()
+            render.error(refusal)
         if as_json:
             render.data(answer)
-        if refusal is not None:
-            render.error(refusal)
-            return refusal.exit_code
-        return 0
+        return 0 if refusal is None else refusal.exit_code
     if refusal is not None:
         raise refusal
 
@@ -111,7 +122,10 @@ def command(
     if prove:
         started = time.perf_counter()
         with render.progress("verify") as progress:
-            proof = verify(open_checkpoint(src), open_checkpoint(dst), progress=progress)
+            # A copy keeps the zeros, and the config that does not say how they were stored.
+            kept = zero_rule if plan.copied_whole else None
+            one, two = open_checkpoint(src, zero_rule), open_checkpoint(dst, kept)
+            proof = verify(one, two, progress=progress)
         from .verify import show
 
         answer["proof"] = proof.as_json()

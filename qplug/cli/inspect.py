@@ -4,36 +4,43 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import render
-from .options import json_option
+from .options import format_name, json_option, zero_rule_option
+
+if TYPE_CHECKING:
+    from qplug_converters.format import Format
 
 
 @click.command()
 @click.argument("src", type=click.Path(path_type=Path))
-@click.option("--from", "source", metavar="FORMAT", help="Format of SRC (default: detected).")
+@click.option(
+    "--from",
+    "source",
+    callback=format_name,
+    metavar="FORMAT",
+    help="Format of SRC (default: detected).",
+)
 @click.option("--zeros", is_flag=True, help="Read the zeros too: symmetric or not, which rule.")
-@click.option("--zero-rule", metavar="RULE", help="How GPTQ v1 zeros were stored.")
+@zero_rule_option
 @json_option
 def command(
-    src: Path, source: str | None, zeros: bool, zero_rule: str | None, as_json: bool
+    src: Path, source: Format | None, zeros: bool, zero_rule: str | None, as_json: bool
 ) -> None:
     """Show format, schemes, act order and contradictions of the checkpoint in SRC."""
-    from qplug_converters import formats
     from qplug_converters.checkpoint import open_checkpoint
     from qplug_converters.survey import survey
 
-    checkpoint = open_checkpoint(src)
-    wanted = formats.find(source) if source is not None else None
+    checkpoint = open_checkpoint(src, zero_rule)
     stored = sum(spec.nbytes for spec in checkpoint.headers.values())
-    found = checkpoint.detect(wanted)
+    found = checkpoint.detect(source)
     answer: dict[str, Any] = {
         "folder": str(src),
         "format": found.name,
-        "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
+        "architecture": _architecture(checkpoint.config.get("architectures")),
         "shards": len(checkpoint.shards),
         "tensors": len(checkpoint.headers),
         "bytes": stored,
@@ -44,7 +51,7 @@ def command(
         else:
             render.record({**answer, "bytes": render.size(stored)})
         return
-    found, model = checkpoint.scheme(found, zero_rule)
+    found, model = checkpoint.scheme(found)
     if zeros:
         model = survey(checkpoint, found, model)
     weights = sum(s.numel for s in model.linears.values())
@@ -93,3 +100,7 @@ def command(
     render.record({k.replace("_", " "): v for k, v in shown.items() if v != ""})
     for note in model.notes:
         render.warn(note)
+
+
+def _architecture(value: Any) -> str:
+    return str(value[0]) if isinstance(value, list) and value else "unknown"

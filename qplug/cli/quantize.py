@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import render
-from .options import json_option, parse_size
+from .options import format_name, group_size, json_option, parse_size
+
+if TYPE_CHECKING:
+    from qplug_converters.format import Format
 
 
 @click.command()
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--to", "target", metavar="FORMAT", required=True, help="Format of DST.")
+@click.option(
+    "--to", "target", callback=format_name, metavar="FORMAT", required=True, help="Format of DST."
+)
 @click.option(
     "--method",
     type=click.Choice(["rtn"]),
@@ -23,15 +28,22 @@ from .options import json_option, parse_size
     show_default=True,
     help="rtn: round to nearest.",
 )
-@click.option("--bits", type=int, default=4, show_default=True)
-@click.option("--group-size", type=int, default=128, show_default=True, help="-1: one per row.")
+@click.option("--bits", type=click.IntRange(1, 8), default=4, show_default=True)
+@click.option(
+    "--group-size",
+    type=int,
+    callback=group_size,
+    default=128,
+    show_default=True,
+    help="-1: one per row.",
+)
 @click.option("--sym/--asym", "sym", default=False, help="Zeros at the midpoint, or per group.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Cut shards at this size.")
 @json_option
 def command(
     src: Path,
     dst: Path,
-    target: str,
+    target: Format,
     method: str,
     bits: int,
     group_size: int,
@@ -40,19 +52,17 @@ def command(
     as_json: bool,
 ) -> None:
     """Quantize the full-precision checkpoint in SRC into the new folder DST."""
-    from qplug_converters import formats
     from qplug_converters.checkpoint import open_checkpoint
 
     from ..quantizers import QUANTIZERS, quantize
 
-    to = formats.find(target)
     checkpoint = open_checkpoint(src)
     started = time.perf_counter()
     with render.progress("quantize") as progress:
         report = quantize(
             checkpoint,
             dst,
-            to,
+            target,
             QUANTIZERS[method],
             bits=bits,
             group_size=group_size,
@@ -62,7 +72,7 @@ def command(
         )
     answer: dict[str, Any] = {
         "output": str(dst),
-        "format": to.name,
+        "format": target.name,
         "method": method,
         "scheme": report.scheme,
         "linears": len(report.errors),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,66 +11,71 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qplug_converters.errors import MOST_SHOWN, one_line
+
 if TYPE_CHECKING:
     from qplug_converters.errors import QplugError
     from qplug_converters.execute import Progress
 
 
+def _echo(text: str, *, err: bool = False) -> None:
+    # click leaves colour out where nobody looks, and does not know NO_COLOR (no-color.org).
+    click.echo(text, err=err, color=False if os.environ.get("NO_COLOR") else None)
+
+
 def data(value: Mapping[str, Any]) -> None:
-    """Print one JSON object to stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print one JSON object to stdout, in ASCII: names in a file need not be proper text."""
+    _echo(json.dumps(value, indent=2))
 
 
 def line(text: str = "") -> None:
     """Print one line of data to stdout."""
-    click.echo(text)
+    _echo(one_line(text))
 
 
 def record(pairs: Mapping[str, object]) -> None:
     """Print names and values, aligned."""
     width = max((len(name) for name in pairs), default=0)
     for name, value in pairs.items():
-        click.echo(f"{click.style(name.ljust(width), dim=True)}  {value}")
+        _echo(f"{click.style(name.ljust(width), dim=True)}  {one_line(str(value))}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table with aligned columns."""
-    cells = [[str(c) for c in row] for row in rows]
+    cells = [[one_line(str(c)) for c in row] for row in rows]
     widths = [max(len(r[i]) for r in [list(head), *cells]) for i in range(len(head))]
     text = "  ".join(h.ljust(w) for h, w in zip(head, widths, strict=True)).rstrip()
-    click.echo(click.style(text, bold=True))
+    _echo(click.style(text, bold=True))
     for row in cells:
-        click.echo("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        _echo("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
 
 
 def say(text: str) -> None:
     """Say something on stderr."""
-    click.echo(text, err=True)
+    _echo(one_line(text), err=True)
 
 
 def warn(text: str) -> None:
     """Warn on stderr."""
-    click.echo(f"{click.style('warning:', fg='yellow')} {text}", err=True)
+    _echo(f"{click.style('warning:', fg='yellow')} {one_line(text)}", err=True)
 
 
 def hint(text: str) -> None:
     """Say on stderr what to do."""
-    click.echo(f"{click.style('hint:', fg='cyan')} {text}", err=True)
+    _echo(f"{click.style('hint:', fg='cyan')} {one_line(text)}", err=True)
 
 
 def error(problem: QplugError, *, as_json: bool = False) -> None:
     """Print an error: one line and a hint, further problems of the same checkpoint after it."""
-    from qplug_converters.errors import MOST_SHOWN
-
     if as_json:
         data({"error": problem.as_json()})
     shown = [problem, *problem.others][:MOST_SHOWN]
     for one in shown:
         alone = str(one).removesuffix(f" (and {len(one.others)} more)")
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {alone}", err=True)
+        _echo(f"{click.style('error:', fg='red', bold=True)} {alone}", err=True)
     left = 1 + len(problem.others) - len(shown)
     if left:
-        click.echo(f"       and {left} more problems", err=True)
+        _echo(f"       and {left} more problems", err=True)
     for fix in dict.fromkeys(one.fix for one in shown if one.fix):
         hint(fix)
 
@@ -78,6 +84,7 @@ def error(problem: QplugError, *, as_json: bool = False) -> None:
 def progress(title: str) -> Iterator[Progress | None]:
     """Show a bar on stderr while the body runs; nothing where stderr is no terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
@@ -93,7 +100,9 @@ def progress(title: str) -> Iterator[Progress | None]:
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=None, what="")
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, what=what)
+        yield lambda done, total, what: bar.update(
+            task, completed=done, total=total, what=escape(one_line(what))
+        )
 
 
 def seconds(since: float) -> str:

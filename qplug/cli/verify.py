@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import render
-from .options import json_option
+from .options import json_option, zero_rule_option
 
 if TYPE_CHECKING:
     from qplug_converters.verify import Certificate
@@ -27,15 +27,19 @@ MOST_LINES = 20
     show_default=True,
     help="`rounded`: equal once rounded to the narrower dtype is good enough.",
 )
+@zero_rule_option
 @json_option
-def command(a: Path, b: Path, allow: str, as_json: bool) -> int:
-    """Compare checkpoints A and B, in whatever layouts; exit 3 if they differ."""
+def command(a: Path, b: Path, allow: str, zero_rule: str | None, as_json: bool) -> int:
+    """Compare checkpoints A and B, in whatever layouts; exit 3 if they differ.
+
+    --zero-rule is about A: what `qplug convert --zero-rule` took for its source.
+    """
     from qplug_converters.checkpoint import open_checkpoint
     from qplug_converters.plan import Verdict
     from qplug_converters.verify import verify
 
     started = time.perf_counter()
-    first, second = open_checkpoint(a), open_checkpoint(b)
+    first, second = open_checkpoint(a, zero_rule), open_checkpoint(b)
     with render.progress("verify") as progress:
         proof = verify(first, second, progress=progress)
     if as_json:
