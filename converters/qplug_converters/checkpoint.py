@@ -454,8 +454,13 @@ class Checkpoint:
             )
         return found
 
-    def scheme(self, wanted: Format | None = None) -> tuple[Format, ModelScheme]:
-        """Read what is quantized and how, from headers, config and each `g_idx`."""
+    def scheme(
+        self, wanted: Format | None = None, zero_rule: str | None = None
+    ) -> tuple[Format, ModelScheme]:
+        """Read what is quantized and how, from headers, config and each `g_idx`.
+
+        `zero_rule` is taken instead of the checkpoint's own.
+        """
         found = self.detect(wanted)
         if found.read is None:
             raise QplugError(
@@ -470,8 +475,9 @@ class Checkpoint:
             if not error.where:
                 error.where = str(self.folder)
             raise
-        if self.zero_rule is not None:
-            model = _force_rule(model, found, self.zero_rule)
+        forced = zero_rule if zero_rule is not None else self.zero_rule
+        if forced is not None:
+            model = _force_rule(model, found, forced)
         return found, model
 
 
