@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -28,9 +26,6 @@ SETTINGS = {
 PROMPTS = ([5, 17, 300, 4, 90, 611], [1002, 1, 7, 42], [250, 251, 252, 253, 254, 12, 77, 800])
 TOKENS = 48
 
-for name, value in SETTINGS.items():
-    os.environ.setdefault(name, value)
-
 
 class Engine:
     """One engine and what the tests ask of it."""
@@ -38,48 +33,55 @@ class Engine:
     def __init__(self, llm: Any) -> None:
         self.llm = llm
 
-    def tokens(self, prompts: Sequence[list[int]] = PROMPTS, count: int = TOKENS) -> list[Any]:
-        """Return the greedy tokens of each prompt."""
+    def answers(self, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> list[Any]:
+        """Return vLLM's greedy answer to each prompt of token numbers."""
         from vllm import SamplingParams
 
         params = SamplingParams(
-            temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, seed=0
+            temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, **options
         )
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         found = self.llm.generate(inputs, params, use_tqdm=False)
-        return [list(answer.outputs[0].token_ids) for answer in found]
+        return [answer.outputs[0] for answer in found]
+
+    def tokens(
+        self, prompts: Sequence[Sequence[int]] = PROMPTS, count: int = TOKENS
+    ) -> list[list[int]]:
+        """Return the greedy tokens of each prompt."""
+        return [list(answer.token_ids) for answer in self.answers(prompts, count)]
 
     def ask(self, question: Callable[[Any], Any]) -> Any:
         """Return what a function says about the model inside."""
         return self.llm.apply_model(question)[0]
 
 
-@pytest.fixture(scope="session")
-def engine() -> Callable[..., Any]:
-    """Return `with engine(folder, quantization=…) as found`."""
-    pytest.importorskip("vllm", reason="vLLM is not installed")
+def environment() -> dict[str, str]:
+    """Return the settings, those of the environment first; vLLM reads them at import."""
+    return {name: os.environ.get(name, value) for name, value in SETTINGS.items()}
+
+
+@contextmanager
+def start(folder: Path, **options: Any) -> Iterator[Engine]:
+    """Run an engine in this process: `with start(folder, quantization=…) as engine`."""
+    os.environ.update(environment())
+    import torch
     import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     from qplug.vllm import register
 
     register()
-
-    @contextmanager
-    def start(folder: Path, **options: Any) -> Iterator[Engine]:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        settings: dict[str, Any] = {
-            "dtype": "float16", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8,
-            "max_num_batched_tokens": 256, "skip_tokenizer_init": True, "seed": 0,
-        }  # fmt: skip
-        found = None
-        try:
-            found = Engine(vllm.LLM(str(folder), **{**settings, **options}))
-            yield found
-        finally:
-            if found is not None:
-                found.llm = None  # an old engine that goes later takes the new one's groups along
-            gc.collect()
-            cleanup_dist_env_and_memory()
-
-    return start
+    torch.set_num_threads(1)  # OpenMP read OMP_NUM_THREADS before it was set here
+    settings: dict[str, Any] = {
+        "dtype": "float16", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16,
+        "max_num_batched_tokens": 256, "skip_tokenizer_init": True, "seed": 0,
+    }  # fmt: skip
+    found = None
+    try:
+        found = Engine(vllm.LLM(str(folder), **{**settings, **options}))
+        yield found
+    finally:
+        if found is not None:
+            found.llm = None  # an old engine that goes later takes the new one's groups along
+        gc.collect()
+        cleanup_dist_env_and_memory()
