@@ -269,6 +269,10 @@ def demo(report: Report) -> None:
     started = contextlib.ExitStack()
     with started:
         with report.step("Serve it with vLLM through qplug-awq"):
+            if not fp8:
+                print(
+                    "      no AVX-512 here, which vLLM needs for an fp8 KV cache: left unquantized"
+                )
             started.enter_context(serving(command, WORK / "vllm.log"))
         with report.step("Ask a question over the OpenAI chat API"):
             answer = ask(port)

@@ -18,7 +18,8 @@ def last_line(log: Path) -> str:
     with log.open("rb") as f:
         f.seek(max(0, log.stat().st_size - 2000))
         lines = f.read().decode(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    telling = (line.strip() for line in reversed(lines) if not line.startswith("WARNING"))
+    return next(filter(None, telling), "")
 
 
 def watch(log: Path, done: threading.Event) -> None:
