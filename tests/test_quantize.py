@@ -265,7 +265,7 @@ def test_bits_not_held(target: str, bits: int, tmp_path: Path) -> None:
 
 
 def test_group_size_not_held(tmp_path: Path) -> None:
-    assert "group-size 0" in str(refused(dense(), tmp_path, group_size=0))
+    assert "--group-size: found 0" in str(refused(dense(), tmp_path, group_size=0))
     assert "multiple" in str(refused(dense(), tmp_path, "awq", group_size=40))
 
 
@@ -277,13 +277,11 @@ def test_nothing_to_quantize(tmp_path: Path) -> None:
     assert "no linear" in str(refused(draft, tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason="quantizes every weight to 0 instead of refusing")
 def test_one_symmetric_bit(tmp_path: Path) -> None:
     """Its two values would be 0 and one negative one: nothing that a weight could be rounded to."""
     refused(dense(), tmp_path, "canonical", bits=1, sym=True)
 
 
-@pytest.mark.xfail(strict=True, reason="writes infinite scales instead of refusing")
 @pytest.mark.parametrize("sym", [False, True], ids=["asym", "sym"])
 def test_scales_beyond_float16(sym: bool, tmp_path: Path) -> None:
     draft, name = dense(), "model.layers.0.mlp.up_proj.weight"
@@ -294,7 +292,6 @@ def test_scales_beyond_float16(sym: bool, tmp_path: Path) -> None:
     assert error.where.startswith(name.removesuffix(".weight"))
 
 
-@pytest.mark.xfail(strict=True, reason="rounds subnormal scales down, and clamps by steps")
 def test_small_scales_cover_their_weights() -> None:
     """A scale below 2^-14 is rounded by up to a third: upwards, or weights fall off the grid."""
     rows = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)) * 5e-7

@@ -177,7 +177,12 @@ def check_scales(scales: Tensor) -> None:
     finite = torch.isfinite(scales)
     if not bool(finite.all()):
         bad = int((~finite).sum())
-        raise QplugError(f"{bad} scales that are NaN or infinite", "scales", "finite numbers")
+        raise QplugError(
+            f"{bad} scales that are NaN or infinite",
+            "scales",
+            "finite numbers",
+            "the file is damaged, or its quantizer failed: quantize the model again",
+        )
 
 
 def decode(layout: Layout, scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantizedWeight:

@@ -152,11 +152,15 @@ def make_plan(
     """
     wishes = wishes or Wishes()
     if wishes.group_size is not None and wishes.group_size < 1 and wishes.group_size != -1:
-        raise QplugError(f"--group-size {wishes.group_size}", expected="-1 or a positive number")
+        raise QplugError(
+            f"{wishes.group_size}", "--group-size", "-1 or a positive number", "choose another size"
+        )
     holds = target.capacity
     if wishes.bits is not None and (holds is None or wishes.bits not in holds.bits):
-        offered = "no --bits" if holds is None else f"one of {holds.bits}"
-        raise QplugError(f"--bits {wishes.bits} for {target.name}", expected=offered)
+        offered = ", ".join(map(str, holds.bits)) if holds else "no number of bits"
+        raise QplugError(
+            f"{wishes.bits}", "--bits", f"{offered} for {target.name}", "choose what it holds"
+        )
     steps = tuple(
         _step(module, scheme, source, target, wishes) for module, scheme in model.linears.items()
     )

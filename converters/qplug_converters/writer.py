@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from .checkpoint import Location
 from .errors import QplugError
 from .layout import ITEMSIZE, TensorSpec
+from .shards import Location
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -72,7 +72,12 @@ def linears_of(checkpoint: Checkpoint) -> list[str]:
         )
     kind = checkpoint.config.get("model_type")
     if kind in ("gpt2", "imagegpt", "openai-gpt"):
-        raise QplugError(f"model_type {kind!r}", "config.json", "linears stored as [out, in]")
+        raise QplugError(
+            f"model_type {kind!r}",
+            "config.json",
+            "linears stored as [out, in]",
+            "this architecture is not supported",
+        )
     return [
         module
         for module in dense_linears(dense_modules(checkpoint.headers))
@@ -105,10 +110,16 @@ def quantize(
     """
     holds = target.capacity
     if holds is None or bits not in holds.bits:
-        offered = f"one of {holds.bits}" if holds else "a quantized format"
-        raise QplugError(f"--bits {bits} for {target.name}", expected=offered)
+        offered = ", ".join(map(str, holds.bits)) if holds else "no number of bits"
+        raise QplugError(
+            f"{bits}", "--bits", f"{offered} for {target.name}", "choose what it holds"
+        )
+    if bits == 1 and sym:
+        raise QplugError("1 symmetric bit", "--bits", "2 or more", "use --asym, or more bits")
     if group_size != -1 and group_size < 1:
-        raise QplugError(f"--group-size {group_size}", expected="-1 or a positive number")
+        raise QplugError(
+            f"{group_size}", "--group-size", "-1 or a positive number", "choose another size"
+        )
     steps, left, reasons = [], [], []
     for module in linears_of(checkpoint):
         out, inp = checkpoint.headers[f"{module}.weight"].shape
@@ -141,7 +152,12 @@ def quantize(
         for at in range(start, stop, height):
             weight = stored[at : min(at + height, stop)].float()
             if not bool(torch.isfinite(weight).all()):
-                raise QplugError("NaN or infinite weights", f"{step.module}.weight", "numbers")
+                raise QplugError(
+                    "NaN or infinite weights",
+                    f"{step.module}.weight",
+                    "numbers",
+                    "the source is damaged: download or train it again",
+                )
             pieces.append(quantizer(weight, step.source, span))
             norm += float(torch.linalg.vector_norm(weight)) ** 2
             error += float(torch.linalg.vector_norm(weight - pieces[-1].dequantize())) ** 2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qplug_converters.codec import TORCH_DTYPES
+from qplug_converters.errors import QplugError
 from qplug_converters.scheme import Scheme
 from qplug_converters.weight import AffineGrid, QuantizedWeight
 
@@ -45,8 +46,33 @@ def quantize(weight: Tensor, scheme: Scheme, span: tuple[int, int]) -> Quantized
         scales = torch.maximum(-low / zeros.clamp(min=1), high / (top - zeros).clamp(min=1))
         scales = torch.where(zeros == 0, high / top, scales)
         scales = torch.where(zeros == top, -low / top, scales)
-    scales = scales.clamp(min=SMALLEST).to(TORCH_DTYPES[scheme.scale_dtype])
+    scales = _stored(scales.clamp(min=SMALLEST), TORCH_DTYPES[scheme.scale_dtype])
     steps = padded / scales.float()[:, :, None]
     codes = steps.round_().add_(zeros[:, :, None]).clamp_(0, top).to(torch.uint8)
     grid = AffineGrid(scales, zeros.to(torch.int16), size)
     return QuantizedWeight(codes.view(rows, -1)[:, :inp].contiguous(), scheme.bits, grid)
+
+
+def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to the dtype they are stored in, upwards where it has few digits left.
+
+    Among float16's subnormal numbers rounding down could clamp weights by whole steps.
+
+    Raises
+    ------
+    QplugError
+        If a scale overflows the dtype.
+    """
+    stored = scales.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise QplugError(
+            f"a scale of {float(scales.max()):g}",
+            "scales",
+            expected=f"one that {str(dtype).removeprefix('torch.')} can hold",
+            fix="weights this large are damaged: check the source",
+        )
+    if dtype is torch.float16:
+        short = (stored.float() < scales) & (scales < torch.finfo(dtype).smallest_normal)
+        above = (stored.view(torch.int16) + 1).view(dtype)  # positive: the next number up
+        stored = torch.where(short, above, stored)
+    return stored

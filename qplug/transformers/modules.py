@@ -10,19 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
-from qplug_converters.checkpoint import Location, read_header
 from qplug_converters.errors import QplugError, Unsupported, raise_all
 from qplug_converters.format import Format
 from qplug_converters.formats import FORMATS
 from qplug_converters.layout import FLOATS, TensorSpec
 from qplug_converters.scheme import ModelScheme, Scheme
+from qplug_converters.shards import Shards
+from qplug_converters.survey import survey
 
 from . import compat
 
@@ -58,32 +56,6 @@ class Swap:
     role: str = ""
 
 
-class Shards:
-    """The files that Transformers is about to load: headers, and the small tensors that decide."""
-
-    def __init__(self, files: list[str]) -> None:
-        self.locations: dict[str, Location] = {}
-        problems = []
-        for file in map(Path, files):
-            found, _ = read_header(file)
-            for name in self.locations.keys() & found.keys():
-                first = self.locations[name].file.name
-                problems.append(QplugError(f"in {first} and {file.name}", name, "one such tensor"))
-            self.locations.update(found)
-        raise_all(problems)
-        self.headers = {name: location.spec for name, location in self.locations.items()}
-
-    def peek(self, name: str) -> NDArray[np.generic]:
-        """Read one small tensor of integers or IEEE floats."""
-        at = self.locations[name]
-        kinds = {"I": "i", "U": "u", "F": "f"}
-        dtype = np.dtype(f"<{kinds[at.spec.dtype[0]]}{int(at.spec.dtype[1:]) // 8}")
-        with at.file.open("rb") as file:
-            file.seek(at.offset)
-            raw = file.read(at.spec.nbytes)
-        return np.frombuffer(raw, dtype).reshape(at.spec.shape)
-
-
 def read_model(block: Mapping[str, Any], shards: Shards) -> tuple[Format, ModelScheme]:
     """Read what the checkpoint says: the same function as `qplug inspect` uses.
 
@@ -99,7 +71,8 @@ def read_model(block: Mapping[str, Any], shards: Shards) -> tuple[Format, ModelS
             "quantization_config",
             f"one of {', '.join(f.name for f in FORMATS if f.read)}",
         )
-    return known, known.read(block, shards.headers, shards.peek)
+    raise_all(shards.problems)
+    return known, survey(shards, known, known.read(block, shards.headers, shards.peek))
 
 
 class _Names:

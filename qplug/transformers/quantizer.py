@@ -9,6 +9,7 @@ import ctypes
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from qplug_converters.codec import TORCH_DTYPES, round_to
 from qplug_converters.errors import MOST_SHOWN, QplugError, Unsupported
+from qplug_converters.shards import Shards
 
 from . import compat
 from .experts import QuantExperts
 from .linear import QuantLinear
-from .modules import Shards, Swap, plan_swaps, read_model
+from .modules import Swap, plan_swaps, read_model
 
 LOG = logging.getLogger("qplug")
 
@@ -72,7 +74,7 @@ class QplugQuantizer(HfQuantizer):
                     "no safetensors file", "from_pretrained", "a folder or a repository of them",
                     "qplug reads headers of files, not a state_dict",
                 )  # fmt: skip
-            shards = Shards(checkpoint_files)
+            shards = Shards(map(Path, checkpoint_files))
             known, scheme = read_model(self.quantization_config.block, shards)
             swaps = plan_swaps(model, scheme.linears, shards.headers)
         for note in scheme.notes:

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug_converters import codec
-from qplug_converters.checkpoint import Checkpoint, open_checkpoint, read_header
+from qplug_converters.checkpoint import Checkpoint, open_checkpoint
 from qplug_converters.codec import TORCH_DTYPES, decode, encode
 from qplug_converters.errors import QplugError
 from qplug_converters.execute import blocks_of, rows_of
 from qplug_converters.format import Format
 from qplug_converters.layout import TensorSpec
 from qplug_converters.scheme import ModelScheme, Scheme
+from qplug_converters.shards import read_header
 from qplug_converters.survey import survey
 from qplug_converters.verify import verify
 from qplug_converters.weight import AffineGrid, QuantizedWeight
@@ -208,7 +209,7 @@ def found(original: Checkpoint, mutated: Path) -> str | None:
 def tensor_mutations(folder: Path) -> Iterator[tuple[str, str, int]]:
     """Yield (tensor, kind, seed) for every stored tensor and every kind of damage."""
     for shard in sorted(folder.glob("*.safetensors")):
-        for name in read_header(shard)[0]:
+        for name in read_header(shard):
             for kind in ("bit", "drop", "dtype", "shape"):
                 yield name, kind, len(name)
 
@@ -216,7 +217,7 @@ def tensor_mutations(folder: Path) -> Iterator[tuple[str, str, int]]:
 def mutate_tensor(source: Path, target: Path, name: str, kind: str, seed: int) -> None:
     """Copy a folder and damage one tensor in it."""
     shutil.copytree(source, target)
-    shard = next(s for s in sorted(target.glob("*.safetensors")) if name in read_header(s)[0])
+    shard = next(s for s in sorted(target.glob("*.safetensors")) if name in read_header(s))
     raw = bytearray(shard.read_bytes())
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
