@@ -372,7 +372,7 @@ CONTRADICTIONS = [
     Bad("dynamic no regex", GPTQ, keys(dynamic={"+:(": {}}), "quantization_config.dynamic", "+:("),
     Bad("dynamic no object", GPTQ, keys(dynamic={"+:.*": 4}), "quantization_config.dynamic", "4"),
     Bad("dynamic text", GPTQ, keys(dynamic={"+:.*": {"bits": "4"}}), "dynamic for model", "'4'"),
-    Bad("dynamic bits", GPTQ, keys(dynamic={"+:.*": {"bits": 7}}), f"{GATE}.qweight", "7 bits"),
+    Bad("dynamic bits", GPTQ, keys(dynamic={"+:.*": {"bits": 7}}), f"{GATE}.bits", "7"),
     Bad("dynamic group", GPTQ, keys(dynamic={"+:.*": {"group_size": 0}}), GATE, "group_size 0"),
     Bad("dynamic skip", GPTQ, keys(dynamic={"-:.*q_proj": {}}), f"{Q}.qweight", "a quantized lin"),
     Bad("marlin", GPTQ, keys(checkpoint_format="marlin", format="marlin"), "format", "'marlin'"),

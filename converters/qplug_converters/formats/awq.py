@@ -25,13 +25,13 @@ from ..block import (
     dense_modules,
     modules_with,
     packed_along,
-    parts_of,
     stated_group_size,
 )
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
-from ..layout import FLOATS, Holds, Layout, Packing, Part
+from ..layout import Holds, Layout, Packing, Part
 from ..scheme import ModelScheme, Scheme
+from ..stored import Stated, read_linear
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Field i of a word holds column ORDER[i] of its eight (AutoAWQ `awq/utils/packing_utils.py`)."""
@@ -111,64 +111,12 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
     problems: list[QplugError] = []
     linears = {}
     for module in modules:
-        stored = parts_of(headers, module, ("qweight", "qzeros", "scales"))
-        missing = [n for n in ("qweight", "qzeros", "scales") if n not in stored]
-        if missing:
-            problems += [
-                QplugError("no such tensor", f"{module}.{n}", "a 2-D tensor", INCOMPLETE)
-                for n in missing
-            ]
-            continue
-        flat = [n for n, s in stored.items() if len(s.shape) != 2 or 0 in s.shape]
-        if flat:
-            problems += [
-                QplugError(str(stored[n]), f"{module}.{n}", "a 2-D tensor, not empty", INCOMPLETE)
-                for n in flat
-            ]
-            continue
-        in_features, words = stored["qweight"].shape
-        groups = stored["scales"].shape[0]
-        size = group_size
-        if size is None:
-            if in_features % groups:
-                keys.problem("group_size", "no such key", "a positive number")
-                continue
-            size = in_features // groups
-        size = in_features if size == -1 else size
-        if stored["scales"].dtype not in FLOATS:
-            problems.append(
-                QplugError(
-                    str(stored["scales"]), f"{module}.scales", " or ".join(FLOATS), INCOMPLETE
-                )
-            )
-            continue
-        if in_features % size:
-            problems.append(
-                QplugError(
-                    f"group_size {size} for {in_features} inputs",
-                    f"{module}.qweight",
-                    "a divisor of in_features",
-                    "correct group_size in the config",
-                )
-            )
-            continue
-        scheme = Scheme(
-            words * 8,
-            in_features,
-            4,
-            size,
-            sym=not zero_point,
-            scale_dtype=stored["scales"].dtype,
-        )
-        wrong = layout(scheme).check(
-            module,
-            scheme.sizes,
-            stored,
-            f"the config says group_size {group_size}; the tensors must agree",
-        )
-        problems += wrong
-        linears[module] = scheme
-    raise_all(keys.problems + problems)
+        stated = Stated(4, group_size, sym=not zero_point, ragged=False)
+        try:
+            linears[module] = read_linear(module, stated, layout, headers, peek)
+        except QplugError as error:
+            problems += [error, *error.others]
+    raise_all(problems)
     notes = [
         f"modules_to_not_convert has {entry!r}, which readers also find in {hit}, quantized"
         for entry in skip

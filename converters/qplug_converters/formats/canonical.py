@@ -18,13 +18,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from ..block import INCOMPLETE, Keys, dense_modules, modules_with, parts_of
+from ..block import INCOMPLETE, Keys, dense_modules, modules_with
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import FLOATS, Holds, Layout, Packing, Part
 from ..scheme import ModelScheme, Scheme
+from ..stored import Stated, read_linear
 
 VERSION = 1
 
@@ -96,52 +95,11 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
             )
             problems += own.problems
             continue
-        stored = parts_of(headers, module, ("codes", "scales", "zeros", "g_idx"))
-        scales = stored.get("scales")
-        if scales is None or scales.dtype not in FLOATS:
-            problems.append(
-                QplugError(
-                    str(scales or "no such tensor"),
-                    f"{module}.scales",
-                    " or ".join(FLOATS),
-                    INCOMPLETE,
-                )
-            )
-            continue
-        codes = stored["codes"]
-        if len(codes.shape) != 2 or 0 in codes.shape:
-            problems.append(
-                QplugError(str(codes), f"{module}.codes", "a 2-D tensor, not empty", INCOMPLETE)
-            )
-            continue
-        scheme = Scheme(
-            codes.shape[0],
-            in_features,
-            bits,
-            min(group_size, in_features),
-            has_g_idx="g_idx" in stored,
-            act_order="g_idx" in stored,
-            scale_dtype=scales.dtype,
-        )
-        wrong = layout(scheme).check(
-            module, scheme.sizes, stored, "the config and the tensors must agree"
-        )
-        problems += wrong
-        if scheme.has_g_idx and not wrong:
-            g_idx = peek(f"{module}.g_idx")
-            if g_idx.min() < 0 or g_idx.max() >= scheme.groups:
-                problems.append(
-                    QplugError(
-                        f"values from {g_idx.min()} to {g_idx.max()}",
-                        f"{module}.g_idx",
-                        f"0 to {scheme.groups - 1}",
-                        INCOMPLETE,
-                    )
-                )
-                continue
-            in_order = np.array_equal(g_idx, np.arange(in_features) // scheme.group_size)
-            scheme = replace(scheme, act_order=not in_order)
-        linears[module] = scheme
+        stated = Stated(bits, group_size, in_features=in_features)
+        try:
+            linears[module] = read_linear(module, stated, layout, headers, peek)
+        except QplugError as error:
+            problems += [error, *error.others]
     raise_all(problems)
     if not linears:
         raise QplugError(

@@ -24,11 +24,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from fractions import Fraction
 from math import gcd
 from typing import Any
-
-import numpy as np
 
 from ..block import (
     INCOMPLETE,
@@ -37,13 +34,13 @@ from ..block import (
     dense_modules,
     modules_with,
     packed_along,
-    parts_of,
     stated_group_size,
 )
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
-from ..layout import FLOATS, Holds, Layout, Packing, Part
+from ..layout import Holds, Layout, Packing, Part
 from ..scheme import ModelScheme, Scheme
+from ..stored import Stated, read_linear
 from ..version import __version__
 
 BITS = (2, 3, 4, 8)
@@ -228,22 +225,22 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
                     )
                 )
                 continue
-            known = len(problems)
             mine = Keys(own, f"quantization_config.dynamic for {module}")
-            scheme = _linear(
-                module,
-                headers,
-                peek,
-                problems,
-                bits=mine.get(int, "bits", default=bits),
-                group_size=mine.get(int, "group_size", default=group_size),
-                sym=mine.get(bool, "sym", default=sym is not False),
-                desc_act=mine.get(bool, "desc_act", default=desc_act),
+            stated = Stated(
+                mine.get(int, "bits", default=bits),
+                mine.get(int, "group_size", default=group_size),
+                mine.get(bool, "sym", default=sym is not False),
+                mine.get(bool, "desc_act", default=desc_act),
             )
-            if mine.problems:  # what the defaults then led to is no news
-                problems[known:] = mine.problems
+            if stated.bits not in BITS:
+                mine.problem("bits", f"{stated.bits}", f"one of {BITS}")
+            if mine.problems:
+                problems += mine.problems
                 continue
-            if scheme is None:
+            try:
+                scheme = read_linear(module, stated, layout, headers, peek)
+            except QplugError as error:
+                problems += [error, *error.others]
                 continue
             rule = rules(made_by, scheme.bits, bits, bool(dynamic))
             linears[module] = replace(scheme, zero_rule=rule)
@@ -281,129 +278,6 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
 
 def _some(modules: list[str]) -> str:
     return modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"
-
-
-def _linear(
-    module: str,
-    headers: Headers,
-    peek: Peek,
-    problems: list[QplugError],
-    *,
-    bits: int,
-    group_size: int | None,
-    sym: bool,
-    desc_act: bool,
-) -> Scheme | None:
-    """Read one linear; headers decide, the config must agree."""
-    stored = parts_of(headers, module, ("qweight", "qzeros", "scales", "g_idx"))
-    where = f"{module}.qweight"
-    if bits not in BITS:
-        problems.append(QplugError(f"{bits} bits", where, f"one of {BITS}", "correct the config"))
-        return None
-    for name, dims in (("qweight", 2), ("scales", 2)):
-        if name not in stored:
-            problems.append(
-                QplugError("no such tensor", f"{module}.{name}", f"a {dims}-D tensor", INCOMPLETE)
-            )
-            return None
-        if len(stored[name].shape) != dims or 0 in stored[name].shape:
-            problems.append(
-                QplugError(
-                    str(stored[name]),
-                    f"{module}.{name}",
-                    f"a {dims}-D tensor, not empty",
-                    INCOMPLETE,
-                )
-            )
-            return None
-    rows, out = stored["qweight"].shape
-    groups = stored["scales"].shape[0]
-    inp = Fraction(rows * 32, bits)
-    if "g_idx" in stored and len(stored["g_idx"].shape) == 1 and stored["g_idx"].shape[0] != inp:
-        length = stored["g_idx"].shape[0]
-        likely = next((b for b in BITS if rows * 32 == length * b), None)
-        fix = f"the file looks like {likely}-bit" if likely else "the shard is damaged"
-        problems.append(
-            QplugError(
-                str(stored["qweight"]),
-                where,
-                f"I32[{length * bits // 32}, {out}] for {bits} bits and a g_idx of {length}",
-                fix,
-            )
-        )
-        return None
-    if inp.denominator != 1:
-        problems.append(
-            QplugError(
-                str(stored["qweight"]),
-                where,
-                f"whole words of {bits} bits",
-                "correct bits in the config",
-            )
-        )
-        return None
-    in_features = int(inp)
-    if group_size is None:
-        if in_features % groups:
-            problems.append(
-                QplugError(
-                    "no such key",
-                    "quantization_config.group_size",
-                    "a positive number",
-                    "correct the config",
-                )
-            )
-            return None
-        group_size = in_features // groups
-    size = in_features if group_size == -1 else group_size
-    if size <= 0:
-        problems.append(
-            QplugError(
-                f"group_size {group_size}", where, "-1 or a positive number", "correct the config"
-            )
-        )
-        return None
-    size = min(size, in_features)
-    scale_dtype = stored["scales"].dtype
-    if scale_dtype not in FLOATS:
-        problems.append(
-            QplugError(str(stored["scales"]), f"{module}.scales", " or ".join(FLOATS), INCOMPLETE)
-        )
-        return None
-    scheme = Scheme(
-        out,
-        in_features,
-        bits,
-        size,
-        sym=sym,
-        desc_act=desc_act,
-        has_g_idx="g_idx" in stored,
-        scale_dtype=scale_dtype,
-    )
-    wrong = layout(scheme).check(
-        module,
-        scheme.sizes,
-        stored,
-        f"the config says {bits} bits, group_size {group_size}; the tensors must agree",
-    )
-    if wrong:
-        problems += wrong
-        return None
-    if scheme.has_g_idx:
-        g_idx = peek(f"{module}.g_idx")
-        if g_idx.min() < 0 or g_idx.max() >= groups:
-            problems.append(
-                QplugError(
-                    f"values from {g_idx.min()} to {g_idx.max()}",
-                    f"{module}.g_idx",
-                    f"0 to {groups - 1}",
-                    INCOMPLETE,
-                )
-            )
-            return None
-        in_order = np.array_equal(g_idx, np.arange(in_features) // size)
-        scheme = replace(scheme, act_order=not in_order)
-    return scheme
 
 
 def adopt(scheme: Scheme, rule: str = "plain") -> Scheme:
