@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qplug_converters import formats
 from qplug_converters.codec import encode
-from qplug_converters.layout import TensorSpec
 from qplug_converters.scheme import ModelScheme, Scheme, ZeroFacts
 from qplug_converters.weight import AffineGrid, QuantizedWeight
 
@@ -176,8 +175,3 @@ def _scheme(weight: QuantizedWeight, sym: bool) -> Scheme:
         weight.out_features, weight.in_features, weight.bits,
         min(weight.grid.group_size, weight.in_features), sym=sym, zeros=facts,
     )  # fmt: skip
-
-
-def spec(tensor: Tensor) -> TensorSpec:
-    """Return the header entry of a float16 or int32 tensor."""
-    return TensorSpec({torch.float16: "F16", torch.int32: "I32"}[tensor.dtype], tuple(tensor.shape))

@@ -177,6 +177,20 @@ def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         GPTQConfig.from_config(GPTQ).maybe_update_config("nobody/nothing")
 
 
+def test_a_model_in_the_hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    repository = tmp_path / "models--somebody--something"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    config = checkpoint(snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    config.maybe_update_config("somebody/something")
+    assert len(config.linears) == len(QKV)
+
+
 def test_shards_that_disagree(tmp_path: Path) -> None:
     def dense(tensors: dict[str, Any]) -> None:
         for part in ("qweight", "qzeros", "scales", "g_idx"):
@@ -223,9 +237,10 @@ def test_tensor_names() -> None:
     scales, tensors = config.get_cache_scale_mapper(), config.get_checkpoint_weight_mapper()
     attention = "model.layers.0.self_attn"
     for name in ("k_proj.output_scale", "k_proj.k_scale", "k_scale", "attn.k_scale", "kv_scale"):
-        assert scales.map_name(f"{attention}.{name}") == f"{attention}.attn.k_scale"
-    assert tensors.map_name(f"{attention}.q_proj.g_idx") is None
-    assert tensors.map_name(f"{attention}.q_proj.qweight") == f"{attention}.q_proj.qweight"
+        assert scales.apply_list([f"{attention}.{name}"]) == [f"{attention}.attn.k_scale"]
+    assert tensors.apply_list([f"{attention}.q_proj.g_idx"]) == []
+    kept = f"{attention}.q_proj.qweight"
+    assert tensors.apply_list([kept]) == [kept]
 
 
 @pytest.mark.parametrize(
