@@ -27,8 +27,11 @@ from .version import __version__
 from .weight import QuantizedWeight
 from .writer import MAX_SHARD, Writer
 
-BLOCK = 1 << 26
-"""Codes decoded at a time: 64 MB of codes, about 300 MB with everything derived from them."""
+BLOCK = 1 << 24
+"""Codes decoded at a time by one thread: at most 8 bytes a code with everything derived."""
+
+MOST_THREADS = 6
+"""With `BLOCK` this keeps a conversion under 1 GiB on any machine; a disk is busy before that."""
 
 CERTIFICATE = "qplug-certificate.json"
 
@@ -225,12 +228,13 @@ def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
 
 @contextmanager
 def _pool() -> Iterator[ThreadPoolExecutor]:
-    """Give as many threads as torch has, each with one thread of torch's own.
+    """Give as many threads as torch has, up to a bound, each with one thread of torch's own.
 
     A linear to a thread beats all threads on one linear: small linears are mostly Python.
     """
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    workers = min(threads, MOST_THREADS)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:
