@@ -26,6 +26,7 @@ from qplug_converters.format import Format
 from qplug_converters.formats import awq, gptq, gptq_v2
 from qplug_converters.layout import Layout
 from qplug_converters.scheme import ModelScheme, Scheme
+from qplug_converters.survey import survey
 
 from . import compat
 from .compat import logger
@@ -139,7 +140,9 @@ class QplugConfig(QuantizationConfig):
             (f.name for f in self.formats if f.claims(self.block, headers)), self._format
         )
         assert self.format.read is not None
-        return self.format.read(self.block, headers, checkpoint.peek)
+        return survey(
+            checkpoint, self.format, self.format.read(self.block, headers, checkpoint.peek)
+        )
 
     @property
     def format(self) -> Format:
