@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from . import bitstream, words, zeros
+from . import bitstream, tiles, words, zeros
 from .errors import QplugError
 from .layout import Holds, Layout, Part
 from .scheme import Scheme
@@ -146,7 +146,7 @@ def translate(
     """
     if source.holds is Holds.CODES and (route := _direct(source, target)) is not None:
         transposed, order = route
-        return words.transpose_nibbles(stored, transposed=transposed, order=order, out=out)
+        return tiles.transpose_nibbles(stored, transposed=transposed, order=order, out=out)
     return pack_part(target, unpack_part(source, stored, sizes), out)
 
 
@@ -237,7 +237,7 @@ def encode(
         elif part.holds is Holds.G_IDX:
             values = weight.grid.group_of_inputs(weight.in_features).to(torch.int32)
         else:
-            stored[part.name] = _dense(
+            stored[part.name] = dequantize_to(
                 weight, TORCH_DTYPES[part.dtype], None if out is None else out[part.name]
             )
             continue
@@ -245,12 +245,18 @@ def encode(
     return stored
 
 
-def _dense(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """Dequantize and round a weight in pieces that stay in the cache."""
+def dequantize_to(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return `[out, in]`: the weight in float32, rounded once, in pieces that stay in the cache.
+
+    Raises
+    ------
+    QplugError
+        If a weight overflows `dtype`.
+    """
     rows, inp = weight.codes.shape
     if out is None:
-        out = torch.empty(rows, inp, dtype=dtype)
-    step = max(1, (1 << 20) // inp)
+        out = torch.empty(rows, inp, dtype=dtype, device=weight.codes.device)
+    step = max(1, (1 << 20) // max(1, inp))
     for at in range(0, rows, step):
         out[at : at + step] = round_to(weight.rows(at, at + step).dequantize(), dtype)
     return out

@@ -12,9 +12,8 @@ Here every step moves a whole vector, and three observations carry it:
 * *Where words and codes run along different axes (AWQ), fields are planes.* Byte `j` of a block of
   words is a narrowing cast, and a shift or mask of it gives whole runs of rows of codes.
 
-Work is shared as blocks among Python threads, each with torch's own threads off. torch's threads
-meet after every pass of some 30 microseconds; on an idle machine that is as fast, but with one
-other busy process on two cores it was 5 to 20 times slower, and blocks stayed at their share.
+Blocks of a matrix are shared among threads (`threads`). Codes that only change the axis along which
+they are packed need no unpacking (`tiles`).
 
 Given up: codes of 3, 5, 6 and 7 bits cross bytes and words, so their bytes move one by one (two
 thirds of the speed of 4 bits), and so do codes in an `order` that run along the words.
@@ -22,13 +21,13 @@ thirds of the speed of 4 bits), and so do codes in an `order` that run along the
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from math import gcd
 
 import torch
 from torch import Tensor
+
+from .threads import Cut, Kernel, share
 
 WORD_BITS = 32
 
@@ -46,24 +45,13 @@ _RUN = 4096
 """Bytes of a row of codes in a block: a page, so that fresh pages are met once. 1.1 to 1.5 times
 faster than 1024."""
 
-_TILES = 1 << 14
-"""Tiles of 8 words in a block of `transpose_nibbles`: 0.8 MB of scratch a thread; a quarter of it
-costs 1.3 times the time, for the same reason."""
-
-_TILES_WIDE = 256
-"""Tiles beside each other in such a block: runs of 8 KB on one side, 1 KB on the other; 64 cost
-1.2 times the time."""
-
 _PAD = 16
 """Words (one cache line) between packed rows before they are turned: at a stride of a power of two
 the lines of a column share few cache sets. GPTQ packs 1.1 times faster, AWQ no faster."""
 
 _INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_Kernel = Callable[[Tensor, Tensor], None]
 _Round = tuple[Tensor, Tensor, Tensor, Tensor, int]
-_Cut = tuple[tuple[slice, slice], tuple[slice, slice]]
-"""Where a block lies in the first and in the second tensor of a kernel."""
 
 
 def unpack(
@@ -107,12 +95,12 @@ def unpack(
     ValueError
         If a dtype, shape, device, `bits` or `order` is not as said above.
     """
-    order = _checked(words, torch.int32, bits, order)
+    order = checked(words, torch.int32, bits, order)
     packed = words.t() if transposed else words
     rows, w = packed.shape
     if n < 0 or w != _words(n, bits):
         raise ValueError(f"rows of {w} words, expected {_words(n, bits)} for {n} {bits}-bit codes")
-    out = _output(out, torch.uint8, (n, rows) if codes_transposed else (rows, n))
+    out = output(out, torch.uint8, (n, rows) if codes_transposed else (rows, n))
     planes = codes_transposed and bits in (2, 4, 8)
     make = _PlaneUnpacker if planes else _RowUnpacker
     _convert(make, packed, out.t() if codes_transposed else out, bits, order, planes)
@@ -152,69 +140,14 @@ def pack(
         If a dtype, shape, device, `bits` or `order` is not as said above, or a code does not fit
         in `bits` (it would spill into its neighbour); `out` is then partly written.
     """
-    order = _checked(codes, torch.uint8, bits, order)
+    order = checked(codes, torch.uint8, bits, order)
     plain = codes.t() if codes_transposed else codes
     rows, n = plain.shape
     w = _words(n, bits)
-    out = _output(out, torch.int32, (w, rows) if transposed else (rows, w))
+    out = output(out, torch.int32, (w, rows) if transposed else (rows, w))
     planes = codes_transposed and bits in (2, 4, 8)
     make = _PlanePacker if planes else _RowPacker
     _convert(make, out.t() if transposed else out, plain, bits, order, planes)
-    return out
-
-
-def transpose_nibbles(
-    words: Tensor, *, transposed: bool, order: Sequence[int] = (), out: Tensor | None = None
-) -> Tensor:
-    """Turn 4-bit words that run down the columns into words that run along the rows, or back.
-
-    The matrix of codes stays as it is, only the axis that is packed changes (GPTQ's qweight to
-    AWQ's and back), so no code is unpacked: each tile of 8 words is an 8 x 8 matrix of nibbles,
-    and is transposed by three rounds of masked swaps between pairs of words.
-
-    Parameters
-    ----------
-    words
-        int32 `[n / 8, m]` if `transposed` (natural order of nibbles), else `[n, m / 8]` (nibbles in
-        `order`). May be strided; is not modified.
-    transposed
-        Whether the packed rows run down the columns of `words`; those of the result do not.
-    order
-        `order[i]` is the code, counted inside one word, that lies in nibble `i` of the words that
-        run along the rows; empty means natural. It costs nothing.
-    out
-        Where to write; may be strided, must not overlap `words`.
-
-    Returns
-    -------
-    Tensor
-        int32 `[n, m / 8]` if `transposed`, else `[n / 8, m]`; `out` if given.
-
-    Raises
-    ------
-    ValueError
-        If a dtype, shape, device or `order` is not as said above.
-    """
-    fields = _checked(words, torch.int32, 4, order) or tuple(range(8))
-    rows, columns = words.shape
-    if (columns if transposed else rows) % 8:
-        raise ValueError(f"words {rows} x {columns} do not fill tiles of 8 x 8 nibbles")
-    down, across = (rows, columns // 8) if transposed else (rows // 8, columns)
-    out = _output(out, torch.int32, (8 * down, across) if transposed else (down, 8 * across))
-    wide = max(1, min(across, _TILES_WIDE))
-    high = max(1, _TILES // wide)
-    cuts: list[_Cut] = []
-    for r in range(0, down, high):
-        for c in range(0, across, wide):
-            few = slice(r, r + high), slice(8 * c, 8 * (c + wide))
-            many = slice(8 * r, 8 * (r + high)), slice(c, c + wide)
-            cuts.append((few, many) if transposed else (many, few))
-
-    def kernel(source: Tensor, target: Tensor) -> _Kernel:
-        few = source if transposed else target
-        return _NibbleTransposer(few.shape[0], few.shape[1] // 8, fields, to_rows=transposed)
-
-    _share(kernel, words, out, cuts)
     return out
 
 
@@ -223,9 +156,7 @@ def _words(n: int, bits: int) -> int:
     return -(-n * bits // WORD_BITS)
 
 
-def _checked(
-    tensor: Tensor, dtype: torch.dtype, bits: int, order: Sequence[int]
-) -> tuple[int, ...]:
+def checked(tensor: Tensor, dtype: torch.dtype, bits: int, order: Sequence[int]) -> tuple[int, ...]:
     """Refuse what the kernels cannot take; return `order`, empty if it is the natural one."""
     if tensor.dtype != dtype or tensor.ndim != 2 or tensor.device.type != "cpu":
         found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
@@ -237,7 +168,7 @@ def _checked(
     return () if list(order) == sorted(order) else tuple(order)
 
 
-def _output(out: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+def output(out: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
     """Return a fresh tensor, or `out` if it is of this dtype and shape."""
     if out is None:
         return torch.empty(shape, dtype=dtype)
@@ -248,7 +179,7 @@ def _output(out: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> T
 
 
 def _convert(
-    make: Callable[[int, int, int, tuple[int, ...]], _Kernel],
+    make: Callable[[int, int, int, tuple[int, ...]], Kernel],
     packed: Tensor,
     codes: Tensor,
     bits: int,
@@ -268,58 +199,17 @@ def _convert(
     else:
         wide = max(1, min(units, _RUN // _UNIT))
         high = max(1, block // wide)
-    cuts: list[_Cut] = []
+    cuts: list[Cut] = []
     for u in range(0, units, wide):
         for r in range(0, rows, high):
             some = slice(r, r + high)
             in_words = slice(u * bits, (u + wide) * bits)
             in_codes = slice(u * _UNIT, (u + wide) * _UNIT)
             cuts.append(((some, in_words), (some, in_codes)))
-    _share(lambda _, part: make(part.shape[0], part.shape[1], bits, order), packed, codes, cuts)
+    share(lambda _, part: make(part.shape[0], part.shape[1], bits, order), packed, codes, cuts)
 
 
-def _share(
-    make: Callable[[Tensor, Tensor], _Kernel], first: Tensor, second: Tensor, cuts: list[_Cut]
-) -> None:
-    """Run `kernel(first[block], second[block])` over all blocks, on as many threads as torch has.
-
-    `make` builds the kernel for blocks of these shapes; each thread has its own, with its scratch.
-    """
-    todo = deque(cuts)
-    failures: list[BaseException] = []
-    threads = torch.get_num_threads()
-
-    def work() -> None:
-        kernels: dict[torch.Size, _Kernel] = {}
-        try:
-            torch.set_num_threads(1)  # of this thread; others take it over only when they start
-            while todo:
-                try:
-                    one, other = todo.popleft()
-                except IndexError:  # another thread took the last one
-                    return
-                a, b = first[one], second[other]
-                if b.shape not in kernels:
-                    kernels[b.shape] = make(a, b)
-                kernels[b.shape](a, b)
-        except BaseException as error:  # raised again below, in the calling thread
-            todo.clear()
-            failures.append(error)
-
-    others = [threading.Thread(target=work) for _ in range(min(threads, len(cuts)) - 1)]
-    try:
-        for thread in others:
-            thread.start()
-        work()
-        for thread in others:
-            thread.join()
-    finally:
-        torch.set_num_threads(threads)
-    if failures:
-        raise failures[0]
-
-
-def _scalar(value: int, dtype: torch.dtype) -> Tensor:
+def scalar(value: int, dtype: torch.dtype) -> Tensor:
     """Return a 0-d tensor: as a shift or mask it is 1.4 times faster than a Python integer."""
     return torch.tensor(value, dtype=dtype)
 
@@ -372,7 +262,7 @@ class _Rows:
         """Return what moves pairs of fields from `now` to `then` bits apart in `2 * h` bytes."""
         whole = _INT[2 * h]
         views = source.view(whole), self.shifted.view(whole), target.view(whole)
-        return *views, _scalar(now, whole), (1 << then) - (1 << now)
+        return *views, scalar(now, whole), (1 << then) - (1 << now)
 
     def in_order(self) -> list[tuple[Tensor, Tensor]]:
         """Return (field i of each word, the code it holds) as views of `codes` and `ordered`."""
@@ -474,8 +364,8 @@ class _PlaneUnpacker(_Planes):
     def __init__(self, rows: int, n: int, bits: int, order: tuple[int, ...]) -> None:
         super().__init__(rows, n, bits, order)
         self.turned = torch.empty(rows, self.words.shape[0], dtype=torch.int32)
-        self.mask, self.shift = _scalar((1 << bits) - 1, torch.uint8), _scalar(bits, torch.uint8)
-        self.eight = _scalar(8, torch.int32)
+        self.mask, self.shift = scalar((1 << bits) - 1, torch.uint8), scalar(bits, torch.uint8)
+        self.eight = scalar(8, torch.int32)
 
     def __call__(self, words: Tensor, codes: Tensor) -> None:
         """Fill the block `codes` from the block `words`."""
@@ -524,38 +414,3 @@ class _PlanePacker(_Planes):
             self.wide.copy_(byte if j < 3 else byte.view(torch.int8))
             self.words.add_(self.wide, alpha=1 << 8 * j)
         words.copy_(self.words.t())
-
-
-class _NibbleTransposer:
-    """Tiles of 8 x 8 nibbles: words `[down, 8 * across]` <-> words `[8 * down, across]`."""
-
-    def __init__(self, down: int, across: int, order: tuple[int, ...], *, to_rows: bool) -> None:
-        self.order, self.to_rows = order, to_rows
-        self.tiles = torch.empty(8, down, across, dtype=torch.int32)
-        half = torch.empty(4, down, across, dtype=torch.int32)
-        self.rounds = []
-        for h, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-            a, b = self.tiles.view(-1, 2, h, down, across).unbind(1)
-            constants = _scalar(4 * h, torch.int32), _scalar(mask, torch.int32)
-            self.rounds.append((a, b, half.view(-1, h, down, across), *constants))
-
-    def __call__(self, source: Tensor, target: Tensor) -> None:
-        """Fill the block `target` from the block `source`."""
-        few, many = (source, target) if self.to_rows else (target, source)
-        rows = many.view(-1, 8, many.shape[1]).transpose(0, 1)
-        if self.to_rows:
-            for tile, code in zip(self.tiles, self.order, strict=True):
-                tile.copy_(few[:, code::8])
-        else:
-            self.tiles.copy_(rows)
-        for a, b, t, shift, mask in self.rounds:
-            torch.bitwise_right_shift(a, shift, out=t)
-            t.bitwise_xor_(b).bitwise_and_(mask)
-            b.bitwise_xor_(t)
-            torch.bitwise_left_shift(t, shift, out=t)
-            a.bitwise_xor_(t)
-        if self.to_rows:
-            rows.copy_(self.tiles)
-        else:
-            for tile, code in zip(self.tiles, self.order, strict=True):
-                few[:, code::8].copy_(tile)

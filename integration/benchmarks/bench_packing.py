@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from qplug_converters.words import pack, transpose_nibbles, unpack
+from qplug_converters.tiles import transpose_nibbles
+from qplug_converters.words import pack, unpack
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qplug_converters import words
-from qplug_converters.words import pack, transpose_nibbles, unpack
+from qplug_converters import threads, tiles, words
+from qplug_converters.tiles import transpose_nibbles
+from qplug_converters.words import pack, unpack
 
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -63,8 +64,9 @@ def blocks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run with blocks so small that every case has edges in both directions, or as they are."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         if request.param:
-            for name, value in (("_BLOCK", 256), ("_LEAST", 64), ("_RUN", 64), ("_TILES", 6)):
+            for name, value in (("_BLOCK", 256), ("_LEAST", 64), ("_RUN", 64)):
                 monkeypatch.setattr(words, name, value)
+            monkeypatch.setattr(tiles, "_TILES", 6)
         yield
 
 
@@ -169,10 +171,65 @@ def test_a_failure_in_any_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(words, "_BLOCK", 64)
     codes = torch.zeros(4096, 32, dtype=torch.uint8)
     codes[4000:] = 16
-    threads = threading.active_count()
+    running = threading.active_count()
     with pytest.raises(ValueError, match="found code 16"):
         pack(codes, 4, transposed=True)
-    assert threading.active_count() == threads
+    assert threading.active_count() == running
+
+
+@pytest.fixture
+def eight_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_threads(count: int, call: Callable[[], object]) -> None:
+    """Call it in new threads at once."""
+    started = [threading.Thread(target=call) for _ in range(count)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+
+
+@pytest.mark.usefixtures("eight_threads")
+def test_decoding_in_several_threads_keeps_their_number_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(words, "_BLOCK", 1 << 13)
+    monkeypatch.setattr(words, "_LEAST", 1 << 13)
+    stored = torch.randint(-(2**31), 2**31, (256, 128), dtype=torch.int32)
+    expected = unpack(stored, 4, 1024, transposed=False)
+    seen: list[int] = []
+
+    def decode() -> None:
+        for _ in range(10):
+            same = torch.equal(unpack(stored, 4, 1024, transposed=False), expected)
+            seen.append(torch.get_num_threads() if same else -1)
+
+    in_threads(4, decode)
+    assert seen == [8] * 40
+    in_threads(1, lambda: seen.append(torch.get_num_threads()))
+    assert seen[-1] == torch.get_num_threads() == 8
+
+
+@pytest.mark.usefixtures("eight_threads")
+def test_a_block_is_computed_with_torchs_threads_off_and_nothing_else_is() -> None:
+    inside: list[int] = []
+    outside: list[int] = []
+
+    def kernel(first: Tensor, second: Tensor) -> None:
+        torch.ones(1 << 20).add_(1)  # a thread takes the process's number at its first such call
+        inside.append(torch.get_num_threads())
+        in_threads(1, lambda: outside.append(torch.get_num_threads()))
+
+    matrix = torch.zeros(64, 1)
+    rows = [(slice(i, i + 1), slice(0, 1)) for i in range(64)]
+    threads.share(lambda *_: kernel, matrix, matrix, [(row, row) for row in rows])
+    assert inside == [1] * 64
+    assert outside == [8] * 64
 
 
 def test_wrong_arguments_are_refused() -> None:
