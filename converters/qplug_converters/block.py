@@ -93,12 +93,13 @@ def dense_linears(dense: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in dense if not _EMBEDDING.search(name))
 
 
-def stated_group_size(schemes: Iterable[Scheme]) -> Callable[[Scheme], int]:
+def stated_group_size(schemes: Iterable[Scheme], *, ragged: bool) -> Callable[[Scheme], int]:
     """Return the group size a config states for each scheme, with as few exceptions as possible.
 
     A linear with one group may be said to have any group size from its in_features up, or -1: it
     takes the most common size of the linears with several groups. Where no linear has several,
-    the common in_features is stated, or -1 if they differ.
+    the common in_features is stated, or -1 if they differ. Where groups may not be `ragged`, no
+    size larger than in_features is stated.
     """
     schemes = list(schemes)
     several = Counter(s.group_size for s in schemes if s.groups > 1)
@@ -111,6 +112,7 @@ def stated_group_size(schemes: Iterable[Scheme]) -> Callable[[Scheme], int]:
     def stated(scheme: Scheme) -> int:
         if scheme.groups > 1:
             return scheme.group_size
-        return base if base >= scheme.in_features else -1
+        fits = base >= scheme.in_features if ragged else base == scheme.in_features
+        return base if fits else -1
 
     return stated

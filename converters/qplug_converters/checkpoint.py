@@ -83,10 +83,11 @@ class Checkpoint:
                     "safetensors files",
                     "let the tool that wrote it save safetensors",
                 )
+            linked = path.is_symlink()
             raise QplugError(
-                "no such file",
+                "a link to nothing" if linked else "no such file",
                 str(path),
-                "config.json and safetensors files",
+                "a file" if linked else "config.json and safetensors files",
                 "check the path, or download what is missing",
             )
         if not regular:
@@ -170,23 +171,37 @@ class Checkpoint:
     # Config -----------------------------------------------------------------------------------
 
     def _find_block(self) -> tuple[dict[str, Any] | None, str]:
-        """Find the quantization config: config.json, its text_config, or an old side file."""
+        """Find the quantization config: config.json, its text_config, and old side files.
+
+        Where several say something, the first place counts, and the others fill what it leaves
+        out: Transformers drops keys (`dynamic`, `meta`) that a side file still has.
+        """
         places: list[tuple[Any, str]] = [
             (self.config.get("quantization_config"), "config.json quantization_config")
         ]
         text = self.config.get("text_config")
         if isinstance(text, dict):
             places.append((text.get("quantization_config"), "config.json text_config"))
-        for name in SIDE_CONFIGS:
-            if (self.folder / name).exists():
-                places.append((read_json(self._inside(name)), name))
+        places += [(read_json(self._inside(name)), name) for name in self.side_configs]
         present = [(block, where) for block, where in places if block is not None]
         for block, where in present:
             if not isinstance(block, dict):
                 raise QplugError(f"{block!r}", where, "a JSON object", "correct the config")
         for block, where in present[1:]:
             self._compare(present[0][0], present[0][1], block, where)
-        return present[0] if present else (None, "nowhere")
+        if not present:
+            return None, "nowhere"
+        whole: dict[str, Any] = {}
+        for block, _ in present:
+            for key, value in block.items():
+                if whole.get(key) is None:
+                    whole[key] = value
+        return whole, present[0][1]
+
+    @property
+    def side_configs(self) -> list[str]:
+        """Names of the config files that old tools wrote beside config.json."""
+        return [name for name in SIDE_CONFIGS if (self.folder / name).exists()]
 
     @staticmethod
     def _compare(first: dict[str, Any], at: str, second: dict[str, Any], where: str) -> None:
@@ -268,12 +283,37 @@ class Checkpoint:
         forced = zero_rule if zero_rule is not None else self.zero_rule
         if forced is not None:
             model = _force_rule(model, found, forced)
-        return found, model
+        return found, replace(model, notes=(*model.notes, *self._oddities(model)))
+
+    def _oddities(self, model: ModelScheme) -> list[str]:
+        """Return what is odd about the folder, one sentence each."""
+        notes = []
+        if left := self.left_behind:
+            notes.append(f"not part of the model, and not carried along: {', '.join(left)}")
+        if self.block and not (self.block.get("quant_method") or self.block.get("method")):
+            notes.append("the config names no quant_method: engines take the model for unquantized")
+        head = next((m for m in model.linears if m.rpartition(".")[2] == "lm_head"), None)
+        if head and self.config.get("tie_word_embeddings") is True:
+            notes.append(
+                f"{head} is quantized, and tie_word_embeddings says that engines use the embedding"
+            )
+        return notes
+
+    @property
+    def left_behind(self) -> list[str]:
+        """Folders, and files of weights that no index names: what a conversion does not carry."""
+        mine = {shard.name for shard in self.shards}
+        return [
+            f"{path.name}/" if path.is_dir() else path.name
+            for path in sorted(self.folder.iterdir())
+            if not path.name.startswith(".")
+            and (path.is_dir() or (path.name.endswith(OTHER_WEIGHTS) and path.name not in mine))
+        ]
 
 
 def _force_rule(model: ModelScheme, found: Format, rule: str) -> ModelScheme:
     """Replace the zero rule of every linear, if the rule is defined for it."""
-    if found.name != "gptq":
+    if not found.zero_rules:
         raise QplugError(
             f"format {found.name}",
             "--zero-rule",
@@ -285,7 +325,8 @@ def _force_rule(model: ModelScheme, found: Format, rule: str) -> ModelScheme:
         if reason := zeros.applies(rule, scheme.bits):
             raise QplugError(reason, module, fix="pick a rule for these bits")
         linears[module] = replace(scheme, zero_rule=rule)
-    return replace(model, linears=linears)
+    changed = any(scheme.zero_rule != rule for scheme in model.linears.values())
+    return replace(model, linears=linears, forced=changed)
 
 
 def open_checkpoint(source: str | Path, zero_rule: str | None = None) -> Checkpoint:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import bitstream, tiles, words, zeros
 from .errors import QplugError
-from .layout import Holds, Layout, Part
+from .layout import Holds, Layout, Part, swapped
 from .scheme import Scheme
 from .weight import AffineGrid, QuantizedWeight
 
@@ -59,11 +59,6 @@ def _as_int32(stored: Tensor) -> Tensor:
     return stored.view(torch.int32)
 
 
-def _swap(pattern: str) -> str:
-    left, _, right = pattern.partition("->")
-    return f"{right.strip()} -> {left.strip()}"
-
-
 def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
     """Return what a stored tensor holds, on canonical axes.
 
@@ -71,7 +66,7 @@ def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
     stored dtype, `g_idx` as int32 `[in]`.
     """
     if part.packing is None:
-        plain: Tensor = rearrange(stored, _swap(part.stream))
+        plain: Tensor = rearrange(stored, swapped(part.stream))
         return plain.contiguous()
     if (route := _route(part, sizes["inp"])) is not None:
         transposed, codes_transposed = route
@@ -90,13 +85,13 @@ def _literal_unpack(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Ten
     """Execute the patterns of a packed part as they are written."""
     assert part.packing is not None
     raw = stored.cpu().numpy()
-    rows = rearrange(raw, _swap(part.stored)) if part.stored else raw
+    rows = rearrange(raw, swapped(part.stored)) if part.stored else raw
     last = part.stream.split()[-1]
     if part.holds is Holds.ZEROS:
         found: np.ndarray = zeros.decode(rows, part.packing, sizes[last], part.rule)
     else:
         found = bitstream.unpack(rows, part.packing, sizes[last])
-    return torch.from_numpy(np.ascontiguousarray(rearrange(found, _swap(part.stream))))
+    return torch.from_numpy(np.ascontiguousarray(rearrange(found, swapped(part.stream))))
 
 
 def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:

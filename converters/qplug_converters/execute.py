@@ -23,6 +23,7 @@ from .errors import QplugError
 from .layout import Holds, Layout, Part, TensorSpec
 from .plan import Plan, Step
 from .scheme import Scheme
+from .shards import read_json
 from .version import __version__
 from .weight import QuantizedWeight
 from .writer import MAX_SHARD, Writer
@@ -182,13 +183,11 @@ def _place(error: QplugError, module: str) -> None:
 def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json and the side files of the converted checkpoint."""
     config = dict(checkpoint.config)
+    if plan.copied_whole:
+        return config, {n: read_json(checkpoint.folder / n) for n in checkpoint.side_configs}
     text = config.get("text_config")
     if isinstance(text, Mapping) and "quantization_config" in text:
         config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    if plan.copied_whole:
-        block = dict(checkpoint.block or {})
-        side = {n: block for n in ("quantize_config.json",) if (checkpoint.folder / n).exists()}
-        return {**config, "quantization_config": block}, side
     written = plan.target.write(plan.goal)
     config.pop("quantization_config", None)
     if written.block is not None:
@@ -212,17 +211,7 @@ def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "target": plan.target.name,
         "verdict": plan.verdict.name,
-        "linears": {
-            step.module: {
-                "verdict": step.verdict.name,
-                "from": step.source.describe(),
-                "to": step.target.describe(),
-                "zero_rule": step.source.zero_rule,
-                "moves": [str(move) for move in step.moves],
-                "reason": step.reason,
-            }
-            for step in plan.steps
-        },
+        "linears": {step.module: step.as_json() for step in plan.steps},
     }
 
 
@@ -250,10 +239,12 @@ def execute(
     rows: Rows | None = None,
     progress: Progress | None = None,
     max_shard: int = MAX_SHARD,
+    record: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Path:
     """Convert a checkpoint into the new folder `target`.
 
-    `rows` supplies the linears where they are made rather than decoded (quantizers).
+    `rows` supplies the linears where they are made rather than decoded (quantizers); what `record`
+    returns when all are made goes into the certificate.
 
     Raises
     ------
@@ -268,6 +259,7 @@ def execute(
 
     read = rows or decoded
     config, side_files = converted_config(plan, checkpoint)
+    others = checkpoint.other_files
     specs = output_specs(plan, checkpoint)
     total = sum(spec.nbytes for spec in specs.values())
     touched = {
@@ -290,12 +282,13 @@ def execute(
             if name not in touched:
                 writer.copy(name, checkpoint.locations[name])
                 advance(spec.nbytes, name)
-        for path in checkpoint.other_files:
+        for path in others:
             writer.file(path)
         for name, block in side_files.items():
             writer.json(name, block)
         writer.json("config.json", config)
-        writer.json(CERTIFICATE, certificate(plan, checkpoint))
+        made = dict(record()) if record is not None else {}
+        writer.json(CERTIFICATE, certificate(plan, checkpoint) | made)
         return writer.commit()
 
 

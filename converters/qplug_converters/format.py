@@ -89,6 +89,11 @@ class Format:
         The config of a whole model.
     shard_stem
         First part of the names of the shards.
+    zero_rules
+        Rules that files of this format may have been stored by, those to try on a symmetric file
+        first; empty where there is only one.
+    foreign_rules
+        Rules of files labelled wrongly, with what such a file really is.
     """
 
     name: str
@@ -101,6 +106,8 @@ class Format:
     adopt: Callable[[Scheme], Scheme]
     write: Callable[[ModelScheme], Written]
     shard_stem: str = "model"
+    zero_rules: tuple[str, ...] = ()
+    foreign_rules: tuple[tuple[str, str], ...] = ()
 
     def cannot(self, scheme: Scheme) -> str | None:
         """Return why this format cannot hold `scheme` as it is, or `None`."""

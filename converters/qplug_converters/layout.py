@@ -100,6 +100,13 @@ def _axes(side: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(a.strip("()").split()) for a in re.findall(r"\([^)]*\)|\S+", side))
 
 
+@cache
+def swapped(pattern: str) -> str:
+    """Return a pattern with its sides exchanged: the inverse rearrangement."""
+    left, _, right = pattern.partition("->")
+    return f"{right.strip()} -> {left.strip()}"
+
+
 def _names(side: str) -> tuple[str, ...]:
     """Return every name on one side of a pattern."""
     return tuple(name for axis in _axes(side) for name in axis)

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import gcd
+from typing import Any
 
 from .block import stated_group_size
 from .errors import QplugError, Refused, Unsupported
@@ -19,24 +20,17 @@ from .scheme import ModelScheme, Scheme, ZeroFacts
 
 
 class Verdict(IntEnum):
-    """What happens to a linear, from best to worst; a model's verdict is the worst."""
+    """What happens to a linear, from best to worst; a model's verdict is the worst.
+
+    COPIED: the same bytes. EXACT: other bytes, the same weights bit for bit. ROUNDED: weights
+    within a stated bound. REQUANTIZED: new codes, the error measured. IMPOSSIBLE: no way.
+    """
 
     COPIED = 0
     EXACT = 1
     ROUNDED = 2
     REQUANTIZED = 3
     IMPOSSIBLE = 4
-
-    @property
-    def meaning(self) -> str:
-        """One sentence."""
-        return {
-            Verdict.COPIED: "the same bytes",
-            Verdict.EXACT: "other bytes, the same weights bit for bit",
-            Verdict.ROUNDED: "weights within a stated bound",
-            Verdict.REQUANTIZED: "new codes, the error measured",
-            Verdict.IMPOSSIBLE: "no way",
-        }[self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +75,17 @@ class Step:
     reason: str = ""
     fix: str = ""
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what `--json` prints and the certificate holds."""
+        return {
+            "verdict": self.verdict.name,
+            "from": self.source.describe(),
+            "to": self.target.describe(),
+            "zero_rule": self.source.zero_rule,
+            "moves": [str(move) for move in self.moves],
+            "reason": self.reason,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -105,7 +110,7 @@ class Plan:
     @property
     def copied_whole(self) -> bool:
         """Whether nothing changes, so that the source's own config stays right."""
-        return self.source is self.target and self.wishes.none
+        return _copied(self.source, self.target, self.wishes, self.model)
 
     @property
     def goal(self) -> ModelScheme:
@@ -140,6 +145,11 @@ class Plan:
             )
 
 
+def _copied(source: Format, target: Format, wishes: Wishes, model: ModelScheme) -> bool:
+    """Whether bytes and config stay: the source's config names the rule its zeros are read by."""
+    return source is target and wishes.none and not model.forced
+
+
 def make_plan(
     source: Format, model: ModelScheme, target: Format, wishes: Wishes | None = None
 ) -> Plan:
@@ -162,9 +172,12 @@ def make_plan(
             f"{wishes.bits}", "--bits", f"{offered} for {target.name}", "choose what it holds"
         )
     steps = tuple(
-        _step(module, scheme, source, target, wishes) for module, scheme in model.linears.items()
+        Step(module, Verdict.COPIED, scheme, scheme)
+        if _copied(source, target, wishes, model)
+        else _step(module, scheme, source, target, wishes)
+        for module, scheme in model.linears.items()
     )
-    if holds is not None and holds.uniform and not (source is target and wishes.none):
+    if holds is not None and holds.uniform and not _copied(source, target, wishes, model):
         steps = _uniform(steps, source, target, wishes)
     return Plan(source, target, model, steps, wishes)
 
@@ -173,11 +186,15 @@ def _uniform(
     steps: tuple[Step, ...], source: Format, target: Format, wishes: Wishes
 ) -> tuple[Step, ...]:
     """Split groups further where the target's config can name one group size only."""
-    group_of = stated_group_size(step.target for step in steps)
-    if len({group_of(step.target) for step in steps}) == 1:
+    fine = [step.target for step in steps if step.verdict <= Verdict.ROUNDED]
+    group_of = stated_group_size(fine, ragged=False)
+    if len({group_of(scheme) for scheme in fine}) <= 1:
         return steps
-    common = replace(wishes, group_size=gcd(*(step.target.group_size for step in steps)))
-    return tuple(_step(s.module, s.source, source, target, common) for s in steps)
+    common = replace(wishes, group_size=gcd(*(scheme.group_size for scheme in fine)))
+    return tuple(
+        _step(s.module, s.source, source, target, common) if s.verdict <= Verdict.ROUNDED else s
+        for s in steps
+    )
 
 
 def _step(module: str, scheme: Scheme, source: Format, target: Format, wishes: Wishes) -> Step:
@@ -194,9 +211,6 @@ def _step(module: str, scheme: Scheme, source: Format, target: Format, wishes: W
             goal,
             reason=f"rounded once to {wishes.dtype}: at most {ulp} of each weight",
         )
-    if source is target and wishes.none:
-        return Step(module, Verdict.COPIED, scheme, scheme)
-
     moves: list[Move] = []
     goal, blocked = scheme, None
     for change in (_bits, _order, _groups, _zeros):
@@ -204,8 +218,10 @@ def _step(module: str, scheme: Scheme, source: Format, target: Format, wishes: W
         if isinstance(blocked, Step):
             return replace(blocked, module=module, source=scheme)
         goal = blocked
-    goal, rounding = _scales(goal, target, moves)
-    goal = target.adopt(goal)
+    cast, rounding = _scales(goal, target, moves)
+    if isinstance(cast, Step):
+        return replace(cast, module=module, source=scheme)
+    goal = target.adopt(cast)
     if reason := target.cannot(goal):
         return Step(module, Verdict.IMPOSSIBLE, scheme, goal, reason=reason, fix=_ways_out(scheme))
     verdict = Verdict.ROUNDED if rounding else Verdict.EXACT
@@ -218,8 +234,9 @@ def _blocked(scheme: Scheme, verdict: Verdict, reason: str, fix: str) -> Step:
 
 
 def _ways_out(scheme: Scheme) -> str:
-    order = scheme.act_order
-    return "--to gptq_v2 or canonical keep it as it is" if order else "--to gptq_v2 or canonical"
+    """Return which formats hold a scheme that the target does not."""
+    both = scheme.scale_dtype == "F16" and scheme.bits in (2, 3, 4, 8)
+    return "--to gptq_v2 or canonical keep it" if both else "--to canonical keeps it"
 
 
 def _bits(goal: Scheme, target: Format, wishes: Wishes, moves: list[Move]) -> Scheme | Step:
@@ -318,7 +335,7 @@ def _zeros(goal: Scheme, target: Format, wishes: Wishes, moves: list[Move]) -> S
     out = facts.lowest if facts.lowest < low else facts.highest
     wider = [b for b in target.capacity.bits if b > goal.bits]
     ways = ["--to canonical"]
-    if facts.highest < 1 << goal.bits:
+    if facts.highest < 1 << goal.bits and goal.scale_dtype == "F16":
         ways.insert(0, "--to gptq_v2")
     if wider:
         ways.insert(0, f"--bits {wider[0]}")
@@ -330,7 +347,7 @@ def _zeros(goal: Scheme, target: Format, wishes: Wishes, moves: list[Move]) -> S
     )
 
 
-def _scales(goal: Scheme, target: Format, moves: list[Move]) -> tuple[Scheme, str]:
+def _scales(goal: Scheme, target: Format, moves: list[Move]) -> tuple[Scheme | Step, str]:
     """Cast scales where the target's readers take another dtype; return what it costs."""
     assert target.capacity is not None
     allowed = target.capacity.scale_dtypes
@@ -338,7 +355,12 @@ def _scales(goal: Scheme, target: Format, moves: list[Move]) -> tuple[Scheme, st
         return goal, ""
     moves.append(Move("cast_scales", allowed[0]))
     cast = replace(goal, scale_dtype=allowed[0])
-    if goal.scales_fit_f16:
+    if goal.scales is None:
+        raise ValueError("a plan needs a surveyed model")
+    if goal.scales.exact:
         return cast, ""
-    bound = "2^-25 absolute" if goal.scale_dtype == "BF16" else "2^-11 of each scale"
+    if not goal.scales.kept:
+        reason = f"some {goal.scale_dtype} scales overflow {allowed[0]}, or become 0 in it"
+        return _blocked(goal, Verdict.IMPOSSIBLE, reason, "--to canonical keeps them"), ""
+    bound = "2^-11 of each scale, 2^-25 absolute below 2^-14"
     return cast, f"{goal.scale_dtype} scales rounded to {allowed[0]}: at most {bound}"

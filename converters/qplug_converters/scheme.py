@@ -28,26 +28,38 @@ class ZeroFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaleFacts:
+    """Whether float16 holds the scales of a linear.
+
+    `exact`: every one as it is. `kept`: none overflows or becomes 0.
+    """
+
+    exact: bool
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """How one linear is quantized.
 
     `group_size` is always positive (channelwise is `in_features`). `sym` and `desc_act` are what
-    the config claims; `act_order` is the fact read from `g_idx`, and `zeros`, once surveyed, the
-    facts about the zeros. `has_g_idx` says that the file stores a `g_idx`, needed or not.
+    the config claims (`None`: nothing); `act_order` is the fact read from `g_idx`, and `zeros` and
+    `scales`, once surveyed, the facts about those. `has_g_idx` says that the file stores a
+    `g_idx`, needed or not.
     """
 
     out_features: int
     in_features: int
     bits: int
     group_size: int
-    sym: bool = False
+    sym: bool | None = None
     desc_act: bool = False
     act_order: bool = False
     has_g_idx: bool = False
     scale_dtype: str = "F16"
     zero_rule: str = "as_is"
     zeros: ZeroFacts | None = None
-    scales_fit_f16: bool | None = None
+    scales: ScaleFacts | None = None
 
     @property
     def groups(self) -> int:
@@ -61,8 +73,8 @@ class Scheme:
 
     @property
     def symmetric(self) -> bool:
-        """The fact where the zeros were surveyed, else what the config claims."""
-        return self.zeros.symmetric if self.zeros is not None else self.sym
+        """The fact where the zeros were surveyed, else what the config claims, if it does."""
+        return self.zeros.symmetric if self.zeros is not None else bool(self.sym)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -75,10 +87,12 @@ class Scheme:
         return self.out_features * self.in_features
 
     def describe(self) -> str:
-        """Return e.g. `4-bit asym g128`."""
+        """Return e.g. `4-bit asym g128`; nothing is said of zeros that nobody looked at."""
         group = "channel" if self.group_size == self.in_features else f"g{self.group_size}"
         order = " act-order" if self.act_order else ""
-        return f"{self.bits}-bit {'sym' if self.symmetric else 'asym'} {group}{order}"
+        known = self.zeros is not None or self.sym is not None
+        zeros = f" {'sym' if self.symmetric else 'asym'}" if known else ""
+        return f"{self.bits}-bit{zeros} {group}{order}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +102,7 @@ class ModelScheme:
     `dense` are modules with a 2-D `weight` that are not quantized (embeddings included).
     `producer` is the tool that wrote the file, as the file names it. `notes` are contradictions
     that do not stop a conversion, one sentence each. `block` is the raw quantization config.
+    `forced` says that a zero rule other than the producer's was asked for.
     """
 
     format: str
@@ -96,3 +111,4 @@ class ModelScheme:
     producer: str = ""
     notes: tuple[str, ...] = ()
     block: Mapping[str, Any] = field(default_factory=dict)
+    forced: bool = False

@@ -127,7 +127,7 @@ def read_header(path: Path) -> dict[str, Location]:
         try:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end))
             whole = whole and isinstance(dtype, str) and bool(tensor.encode())
         except (KeyError, TypeError, ValueError):  # UnicodeError is a ValueError
             whole = False

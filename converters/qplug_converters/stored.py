@@ -28,7 +28,7 @@ class Stated:
 
     bits: int
     group_size: int | None
-    sym: bool = False
+    sym: bool | None = None
     desc_act: bool = False
     in_features: int | None = None
     ragged: bool = True

@@ -7,6 +7,7 @@ them on demand. Zeros are about 1/group_size of a checkpoint.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,9 +18,12 @@ from numpy.typing import NDArray
 from . import bitstream, zeros
 from .errors import QplugError, raise_all
 from .format import Format, Peek
-from .layout import Holds, Part
-from .scheme import ModelScheme, Scheme, ZeroFacts
+from .layout import Holds, Part, swapped
+from .scheme import ModelScheme, ScaleFacts, Scheme, ZeroFacts
 from .shards import REPAIR
+
+BLOCK = 1 << 18
+"""Stored words read at a time: a block of decoded zeros takes at most 40 MB."""
 
 
 class HasPeek(Protocol):
@@ -30,119 +34,36 @@ class HasPeek(Protocol):
         """Read one small tensor."""
 
 
-SYMMETRIC_RULES = ("plain", "legacy3", "word:2", "word:4", "word:8")
-"""Rules tried, in this order, where a symmetric file does not decode to midpoints."""
-
-
-def _facts(tensors: HasPeek, module: str, part: Part, scheme: Scheme, rule: str) -> ZeroFacts:
-    """Read the zeros of one linear by `rule`."""
-    stored = tensors.peek(f"{module}.{part.name}")
-    if part.packing is None:
-        return _count(stored, scheme, 0)
-    count = scheme.sizes[part.stream.split()[-1]]
-    rows = rearrange(stored, _swap(part.stored)) if part.stored else stored
-    alike = len(rows) > 1 and bool((rows == rows[0]).all())
-    if alike:  # as in a symmetric file; rows do not depend on one another under any rule
-        rows, times = rows[:1], len(rows)
-    found = zeros.decode(rows, part.packing, count, rule)
-    at_maxq = 0
-    if part.rule != "as_is":
-        fields = bitstream.unpack(rows, part.packing, count)
-        at_maxq = int((fields == (1 << scheme.bits) - 1).sum())
-    facts = _count(found, scheme, at_maxq)
-    if not alike:
-        return facts
-    many = {name: getattr(facts, name) * times for name in ("midpoint", "count", "at_maxq")}
-    return replace(facts, **many)
-
-
-def _count(found: NDArray[np.generic], scheme: Scheme, at_maxq: int) -> ZeroFacts:
-    """Count decoded zeros."""
-    return ZeroFacts(
-        int(found.min()),
-        int(found.max()),
-        int((found == scheme.midpoint).sum()),
-        int(found.size),
-        at_maxq,
-    )
-
-
-def _symmetric_by(
-    tensors: HasPeek, module: str, part: Part, scheme: Scheme, rule: str
-) -> ZeroFacts | None:
-    """Return the facts under `rule` if every zero is the midpoint then; one row is judged first."""
-    if zeros.applies(rule, scheme.bits) or part.packing is None:
-        return None
-    count = scheme.sizes[part.stream.split()[-1]]
-    first = zeros.decode(tensors.peek(f"{module}.{part.name}")[:1], part.packing, count, rule)
-    if (first != scheme.midpoint).any():
-        return None
-    facts = _facts(tensors, module, part, scheme, rule)
-    return facts if facts.symmetric else None
-
-
-def _swap(pattern: str) -> str:
-    left, _, right = pattern.partition("->")
-    return f"{right.strip()} -> {left.strip()}"
-
-
-def _fits_f16(tensors: HasPeek, module: str, part: Part) -> bool:
-    """Whether every scale is representable in float16."""
-    raw = tensors.peek(f"{module}.{part.name}")
-    wide = (
-        (raw.astype(np.uint32) << 16).view(np.float32)
-        if part.dtype == "BF16"
-        else raw.astype(np.float32)
-    )
-    with np.errstate(over="ignore"):
-        return bool(np.array_equal(wide.astype(np.float16).astype(np.float32), wide))
-
-
-_LABELS = {"as_is": ("gptq", "v2"), "v1": ("gptq_v2", "v1")}
-"""Rules of the other `checkpoint_format`: what the config says, and what the zeros are."""
-
-
-def _other_rule(
-    tensors: HasPeek, module: str, part: Part, scheme: Scheme, found: Format
-) -> str | None:
-    """Return the rule by which the zeros of a symmetric GPTQ linear are midpoints, if there is one.
-
-    `as_is` for a file labelled v1, or `v1` for one labelled v2, means that the label is wrong.
-    """
-    rules: tuple[str, ...] = ()
-    if found.name == "gptq":
-        rules = (*SYMMETRIC_RULES, "as_is")
-    elif found.name == "gptq_v2":
-        rules = ("plain",)
-    for rule in rules:
-        if rule != scheme.zero_rule and _symmetric_by(tensors, module, part, scheme, rule):
-            return "v1" if found.name == "gptq_v2" else rule
-    return None
-
-
 def survey(tensors: HasPeek, found: Format, model: ModelScheme) -> ModelScheme:
     """Return `model` with the facts about zeros and scales filled in.
 
-    A symmetric GPTQ v1 linear whose zeros are not the midpoint under the rule of its producer is
-    read by the rule under which they are, and a note says so.
+    A symmetric linear whose zeros are not the midpoint under the rule of its producer is read by
+    the rule of the format under which they are, and a note says so; a forced rule stays.
 
     Raises
     ------
     QplugError
-        If a symmetric file has the zeros of the other `checkpoint_format`.
+        If zeros lie outside the grid, or a file is labelled as what its zeros say it is not.
     """
-    notes = list(model.notes)
     problems: list[QplugError] = []
     linears: dict[str, Scheme] = {}
-    ambiguous: dict[str, int] = {}
-    asymmetric, retried = [], []
+    retried: Counter[str] = Counter()
+    ambiguous: Counter[str] = Counter()
+    asymmetric, symmetric = [], []
     for module, scheme in model.linears.items():
         layout = found.layout(scheme)
         part, scales = layout.part(Holds.ZEROS), layout.part(Holds.SCALES)
         assert part is not None
         assert scales is not None
-        rule = scheme.zero_rule
-        facts = _facts(tensors, module, part, scheme, rule)
+        facts = _facts(tensors, module, part, scheme, scheme.zero_rule)
+        if scheme.sym and not facts.symmetric and not model.forced:
+            rule = _fitting(tensors, module, part, scheme, found.zero_rules)
+            if rule is not None:
+                retried[rule] += 1
+                scheme = replace(scheme, zero_rule=rule)
+                facts = _facts(tensors, module, part, scheme, rule)
+            else:
+                problems += _mislabelled(tensors, module, part, scheme, found)
         if facts.lowest < 0 or facts.highest > 1 << scheme.bits:
             problems.append(
                 QplugError(
@@ -153,44 +74,128 @@ def survey(tensors: HasPeek, found: Format, model: ModelScheme) -> ModelScheme:
                 )
             )
         if scheme.sym and not facts.symmetric:
-            other = _other_rule(tensors, module, part, scheme, found)
-            if other in _LABELS:
-                says, has = _LABELS[other]
-                problems.append(
-                    QplugError(
-                        f"the zeros of a symmetric {has} file",
-                        f"{module}.{part.name}",
-                        f"those of checkpoint_format {says!r}",
-                        "correct checkpoint_format in the config",
-                    )
-                )
-            elif other is not None:
-                rule, facts = other, _facts(tensors, module, part, scheme, other)
-                retried.append((module, other))
-            else:
-                asymmetric.append(module)
+            asymmetric.append(module)
+        if scheme.sym is False and facts.symmetric:
+            symmetric.append(module)
         if facts.at_maxq:
-            ambiguous[rule] = ambiguous.get(rule, 0) + facts.at_maxq
-        linears[module] = replace(
-            scheme,
-            zero_rule=rule,
-            zeros=facts,
-            scales_fit_f16=scheme.scale_dtype == "F16" or _fits_f16(tensors, module, scales),
-        )
+            ambiguous[scheme.zero_rule] += facts.at_maxq
+        linears[module] = replace(scheme, zeros=facts, scales=_scale_facts(tensors, module, scales))
     raise_all(problems)
+    notes = [*model.notes]
     if asymmetric:
         notes.append(
-            f"the config says symmetric, but zeros differ from the midpoint in {asymmetric[0]}"
-            + (f" and {len(asymmetric) - 1} more" if len(asymmetric) > 1 else "")
+            f"the config says symmetric, but zeros differ from the midpoint in {_some(asymmetric)}"
         )
-    if retried:
+    if symmetric and len(symmetric) == len(linears):
         notes.append(
-            f"zeros of {len(retried)} symmetric linears are midpoints by rule `{retried[0][1]}`"
+            "the config says asymmetric, but every zero is the midpoint: engines that take only "
+            "symmetric files refuse it for nothing"
         )
-    for rule, count in ambiguous.items():
-        notes.append(
-            f"{count} stored zeros are 2^bits - 1, which readers of GPTQ v1 decode in different "
-            f"ways; read by rule `{rule}` (producer {model.producer or 'not named'}; --zero-rule "
-            "overrides)"
-        )
+    notes += [
+        f"zeros of {count} symmetric linears are midpoints by rule `{rule}`"
+        for rule, count in retried.items()
+    ]
+    notes += [
+        f"{count} stored zeros are 2^bits - 1, which readers of {found.name} decode in different "
+        f"ways; read by rule `{rule}` (producer {model.producer or 'not named'}; --zero-rule "
+        "overrides)"
+        for rule, count in ambiguous.items()
+    ]
     return replace(model, linears=linears, notes=tuple(notes))
+
+
+def _some(modules: list[str]) -> str:
+    return modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"
+
+
+def _facts(tensors: HasPeek, module: str, part: Part, scheme: Scheme, rule: str) -> ZeroFacts:
+    """Read the zeros of one linear by `rule`, a block of rows at a time."""
+    stored = tensors.peek(f"{module}.{part.name}")
+    if part.packing is not None and part.stored:
+        stored = rearrange(stored, swapped(part.stored))
+    step = max(1, BLOCK // max(1, stored.shape[1]))
+    parts = [
+        _facts_of(stored[at : at + step], part, scheme, rule) for at in range(0, len(stored), step)
+    ]
+    return ZeroFacts(
+        min(facts.lowest for facts in parts),
+        max(facts.highest for facts in parts),
+        sum(facts.midpoint for facts in parts),
+        sum(facts.count for facts in parts),
+        sum(facts.at_maxq for facts in parts),
+    )
+
+
+def _facts_of(rows: NDArray[np.generic], part: Part, scheme: Scheme, rule: str) -> ZeroFacts:
+    """Read a block of rows of stored zeros."""
+    times, at_maxq, found = 1, 0, rows
+    if part.packing is not None:
+        if len(rows) > 1 and bool((rows == rows[0]).all()):
+            # As in a symmetric file; rows do not depend on one another under any rule.
+            rows, times = rows[:1], len(rows)
+        count = scheme.sizes[part.stream.split()[-1]]
+        found = zeros.decode(rows, part.packing, count, rule)
+        if part.rule != "as_is":
+            fields = bitstream.unpack(rows, part.packing, count)
+            at_maxq = int((fields == (1 << scheme.bits) - 1).sum())
+    return ZeroFacts(
+        int(found.min()),
+        int(found.max()),
+        int((found == scheme.midpoint).sum()) * times,
+        int(found.size) * times,
+        at_maxq * times,
+    )
+
+
+def _fitting(
+    tensors: HasPeek, module: str, part: Part, scheme: Scheme, rules: tuple[str, ...]
+) -> str | None:
+    """Return the first of `rules` by which every zero is the midpoint; one row is judged first."""
+    if part.packing is None:
+        return None
+    count = scheme.sizes[part.stream.split()[-1]]
+    first = tensors.peek(f"{module}.{part.name}")[:1]
+    for rule in rules:
+        if rule == scheme.zero_rule or zeros.applies(rule, scheme.bits):
+            continue
+        decoded = zeros.decode(first, part.packing, count, rule)
+        one_row = bool((decoded == scheme.midpoint).all())
+        if one_row and _facts(tensors, module, part, scheme, rule).symmetric:
+            return rule
+    return None
+
+
+def _mislabelled(
+    tensors: HasPeek, module: str, part: Part, scheme: Scheme, found: Format
+) -> list[QplugError]:
+    """Say if the zeros of a symmetric linear are those of another format of the same tensors."""
+    really = dict(found.foreign_rules)
+    rule = _fitting(tensors, module, part, scheme, tuple(really))
+    if rule is None:
+        return []
+    return [
+        QplugError(
+            f"the zeros of a symmetric {really[rule]} file",
+            f"{module}.{part.name}",
+            f"those of checkpoint_format {found.name!r}",
+            "correct checkpoint_format in the config",
+        )
+    ]
+
+
+def _scale_facts(tensors: HasPeek, module: str, part: Part) -> ScaleFacts:
+    """Say whether float16 holds the scales of one linear."""
+    if part.dtype == "F16":
+        return ScaleFacts(exact=True, kept=True)
+    raw = tensors.peek(f"{module}.{part.name}")
+    wide = (
+        (raw.astype(np.uint32) << 16).view(np.float32)
+        if part.dtype == "BF16"
+        else raw.astype(np.float32)
+    )
+    with np.errstate(over="ignore"):
+        half = wide.astype(np.float16).astype(np.float32)
+    lost = ~np.isfinite(half) | ((half == 0) & (wide != 0))
+    # A scale that is no number is refused when it is decoded, with its own sentence.
+    kept = not bool((lost & np.isfinite(wide)).any())
+    return ScaleFacts(bool(np.array_equal(half, wide)), kept)

@@ -172,10 +172,28 @@ def _configs(a: Side, b: Side) -> list[str]:
         {k: _plain(v) for k, v in side.checkpoint.config.items() if k not in ignored}
         for side in (a, b)
     )
-    return [
+    found = [
         f"config.json {key}: {json.dumps(one.get(key))} and {json.dumps(two.get(key))}"
         for key in sorted(one.keys() | two.keys())
         if one.get(key) != two.get(key)
+    ]
+    return found + _blocks(a, b)
+
+
+_SAID = ("quant_method", "checkpoint_format", "format", "version", "lm_head", "pack_dtype")
+"""Keys of a quantization config that two files of one format must not differ in. Those that
+describe linears are compared with the tensors when a file is read, in either file."""
+
+
+def _blocks(a: Side, b: Side) -> list[str]:
+    """Compare the quantization configs of two checkpoints of one format."""
+    if a.format is not b.format or a.model is None or b.model is None:
+        return []
+    one, two = a.model.block, b.model.block
+    return [
+        f"quantization_config {key}: {json.dumps(one[key])} and {json.dumps(two[key])}"
+        for key in _SAID
+        if one.get(key) is not None and two.get(key) is not None and one[key] != two[key]
     ]
 
 
@@ -213,7 +231,7 @@ def _compare(a: Side, b: Side, module: str, problems: list[str]) -> LinearReport
             unequal = _grids_differ(one, two)
             if unequal is None:
                 continue
-            rounded = False
+            rounded = rounded and _scales_rounded(one, two)
             difference = (one.dequantize() - two.dequantize()).abs()
         else:
             left, right = _dense(one), _dense(two)
@@ -242,6 +260,15 @@ def _rows(side: Side, module: str, start: int, stop: int) -> QuantizedWeight | T
 
 def _dense(weight: QuantizedWeight | Tensor) -> Tensor:
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+
+
+def _scales_rounded(one: QuantizedWeight, two: QuantizedWeight) -> bool:
+    """Whether only scales differ, and one side's are the other's, rounded to its dtype."""
+    if not torch.equal(one.integers(), two.integers()):
+        return False
+    inp = one.in_features
+    a, b = (w.grid.spread(w.grid.scales, inp) for w in (one, two))
+    return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
 
 
 def _grids_differ(one: QuantizedWeight, two: QuantizedWeight) -> Tensor | None:

@@ -212,7 +212,7 @@ class Writer:
 
     def json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file."""
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(value, indent=2) + "\n"
         with _disk_errors(self._partial / name, len(text)):
             (self._partial / name).write_text(text, encoding="utf-8")
 

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +36,38 @@ MODULES = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
 
 
 @st.composite
-def schemes(draw: st.DrawFn, target: Format) -> Scheme:
-    """Draw a scheme that `target` can hold, small, with every freedom its capacity gives."""
-    holds = target.capacity
-    assert holds is not None
-    bits = draw(st.sampled_from(holds.bits))
-    step_in, step_out = holds.in_multiple(bits), holds.out_multiple(bits)
+def schemes(draw: st.DrawFn, target: Format, also: Format | None = None) -> Scheme:
+    """Draw a scheme that `target` can hold, small, with every freedom its capacity gives.
+
+    With `also`, a scheme that this format can hold too.
+    """
+    both = [f.capacity for f in (target, also) if f is not None and f.capacity is not None]
+    holds = both[0]
+    bits = draw(st.sampled_from([b for b in holds.bits if all(b in h.bits for h in both)]))
+    step_in = lcm(*(h.in_multiple(bits) for h in both))
+    step_out = lcm(*(h.out_multiple(bits) for h in both))
     inp = step_in * draw(st.integers(1, max(1, 192 // step_in)))
     out = step_out * draw(st.integers(1, max(1, 96 // step_out)))
-    if holds.ragged:
+    if all(h.ragged for h in both):
         group = draw(st.integers(1, inp))
     else:
         group = draw(st.sampled_from([d for d in range(1, inp + 1) if inp % d == 0]))
-    scheme = Scheme(out, inp, bits, group, scale_dtype=draw(st.sampled_from(holds.scale_dtypes)))
-    act_order = holds.act_order and scheme.groups > 1 and draw(st.booleans())
+    dtypes = [d for d in holds.scale_dtypes if all(d in h.scale_dtypes for h in both)]
+    scheme = Scheme(out, inp, bits, group, scale_dtype=draw(st.sampled_from(dtypes)))
+    act_order = all(h.act_order for h in both) and scheme.groups > 1 and draw(st.booleans())
     return target.adopt(replace(scheme, act_order=act_order, desc_act=act_order))
 
 
-def weight_of(scheme: Scheme, target: Format, seed: int) -> QuantizedWeight:
-    """Make a weight of a scheme: every code and zero that the format can hold may occur."""
-    assert target.capacity is not None
+def weight_of(
+    scheme: Scheme, target: Format, seed: int, also: Format | None = None
+) -> QuantizedWeight:
+    """Make a weight of a scheme: every code and zero that the formats can hold may occur."""
+    both = [f.capacity for f in (target, also) if f is not None and f.capacity is not None]
     rng = torch.Generator().manual_seed(seed)
     out, inp, groups = scheme.out_features, scheme.in_features, scheme.groups
     codes = torch.randint(0, 1 << scheme.bits, (out, inp), generator=rng, dtype=torch.uint8)
-    low, high = target.capacity.zeros(scheme.bits)
+    low = max(holds.zeros(scheme.bits)[0] for holds in both)
+    high = min(holds.zeros(scheme.bits)[1] for holds in both)
     zeros = torch.randint(low, high + 1, (out, groups), generator=rng).to(torch.int16)
     if scheme.sym:
         zeros.fill_(scheme.midpoint)

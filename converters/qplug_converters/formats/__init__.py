@@ -13,11 +13,6 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
-def names() -> tuple[str, ...]:
-    """Return every name that `find` takes, without the `-layout` twins."""
-    return tuple(name for f in FORMATS for name in (f.name, *f.aliases))
-
-
 def find(name: str) -> Format:
     """Return the format called `name`, an alias, or either with `-layout` behind it.
 

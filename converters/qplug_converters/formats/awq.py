@@ -111,7 +111,7 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
     problems: list[QplugError] = []
     linears = {}
     for module in modules:
-        stated = Stated(4, group_size, sym=not zero_point, ragged=False)
+        stated = Stated(4, group_size, sym=None if zero_point else True, ragged=False)
         try:
             linears[module] = read_linear(module, stated, layout, headers, peek)
         except QplugError as error:
@@ -138,7 +138,7 @@ def write(model: ModelScheme) -> Written:
     QplugError
         If the linears do not share one group size, which AWQ configs cannot say.
     """
-    group_of = stated_group_size(model.linears.values())
+    group_of = stated_group_size(model.linears.values(), ragged=False)
     sizes = {group_of(scheme) for scheme in model.linears.values()}
     if len(sizes) > 1:
         raise QplugError(

@@ -44,6 +44,8 @@ from ..stored import Stated, read_linear
 from ..version import __version__
 
 BITS = (2, 3, 4, 8)
+MATCH_SECONDS = 1.0
+"""Time limit for one pattern of `dynamic` and one name; real ones take microseconds."""
 UNSUPPORTED = {
     "gptq_p": "planar packing",
     "marlin": "Marlin tiles",
@@ -141,13 +143,18 @@ def zero_rule(made_by: str, bits: int, base_bits: int, dynamic: bool) -> str:
 
 
 def _overrides(keys: Keys, dynamic: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any] | None]:
-    """Compile `dynamic`: module -> overrides, `None` for a module left in full precision."""
+    """Compile `dynamic`: module -> overrides, `None` for a module left in full precision.
+
+    Patterns come from an untrusted file: `regex` matches as `re` does, and takes a time limit.
+    """
+    import regex
+
     rules = []
     for text, values in dynamic.items():
         skip = text.startswith("-:")
         try:
-            pattern = re.compile(text.removeprefix("-:").removeprefix("+:"))
-        except re.error as error:
+            pattern = regex.compile(text.removeprefix("-:").removeprefix("+:"))
+        except (regex.error, RecursionError, OverflowError) as error:
             keys.problem("dynamic", f"{text!r}: {error}", "a regular expression")
             continue
         if not skip and not isinstance(values, Mapping):
@@ -157,8 +164,16 @@ def _overrides(keys: Keys, dynamic: Mapping[str, Any]) -> Callable[[str], Mappin
 
     def overrides(module: str) -> Mapping[str, Any] | None:
         for pattern, values in rules:
-            if pattern.match(module):
-                return values
+            try:
+                if pattern.match(module, timeout=MATCH_SECONDS):
+                    return values
+            except TimeoutError:
+                raise QplugError(
+                    f"a pattern of {len(pattern.pattern)} characters that does not come to an end",
+                    "quantization_config.dynamic",
+                    "regular expressions of module names",
+                    "correct the config",
+                ) from None
         return {}
 
     return overrides
@@ -194,6 +209,7 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
         if word != "int32":
             keys.problem("pack_dtype", f"{word!r}", "'int32'")
         keys.get(str, "checkpoint_format", "format")
+        keys.get(bool, "lm_head")
         overrides = _overrides(keys, dynamic)
         if packed_along(headers) == "out":
             keys.problem(
@@ -229,7 +245,7 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
             stated = Stated(
                 mine.get(int, "bits", default=bits),
                 mine.get(int, "group_size", default=group_size),
-                mine.get(bool, "sym", default=sym is not False),
+                mine.get(bool, "sym", default=sym),
                 mine.get(bool, "desc_act", default=desc_act),
             )
             if stated.bits not in BITS:
@@ -271,6 +287,11 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
                 f"desc_act is false but g_idx is not in order in {_some(order_without)}: "
                 "engines that go by the flag read wrong weights"
             )
+        head = any(module.rpartition(".")[2] == "lm_head" for module in linears)
+        if keys.get(bool, "lm_head", default=head) is not head:
+            notes.append(
+                f"lm_head is {str(not head).lower()} in the config, and the tensors differ"
+            )
         return ModelScheme(name, linears, dense_modules(headers), made_by, tuple(notes), block)
 
     return read
@@ -289,27 +310,22 @@ def write_as(kind: str) -> Callable[[ModelScheme], Written]:
     """Return the `write` of the v1 or v2 format: config block and quantize_config.json."""
 
     def write(model: ModelScheme) -> Written:
-        group_of = stated_group_size(model.linears.values())
+        group_of = stated_group_size(model.linears.values(), ragged=True)
         stated = {
-            module: (scheme.bits, group_of(scheme), scheme.symmetric)
+            module: (scheme.bits, group_of(scheme), scheme.act_order, scheme.symmetric)
             for module, scheme in model.linears.items()
         }
         base = Counter(stated.values()).most_common(1)[0][0]
-        bits, group_size, sym = base
+        keys = ("bits", "group_size", "desc_act", "sym")
         dynamic: dict[str, dict[str, object]] = {}
         for module in dense_linears(model.dense):
             if module.rpartition(".")[2] != "lm_head":
                 dynamic[f"-:^{re.escape(module)}$"] = {}
         for module, values in stated.items():
             if values != base:
-                dynamic[f"+:^{re.escape(module)}$"] = dict(
-                    zip(("bits", "group_size", "sym"), values, strict=True)
-                )
+                dynamic[f"+:^{re.escape(module)}$"] = dict(zip(keys, values, strict=True))
         block: dict[str, object] = {
-            "bits": bits,
-            "group_size": group_size,
-            "desc_act": any(scheme.act_order for scheme in model.linears.values()),
-            "sym": sym,
+            **dict(zip(keys, base, strict=True)),
             "lm_head": any(name.endswith("lm_head") for name in model.linears),
             "quant_method": "gptq",
             "checkpoint_format": kind,
@@ -342,4 +358,6 @@ FORMAT = Format(
     read=read_as(zero_rule, "gptq"),
     adopt=adopt,
     write=write_as("gptq"),
+    zero_rules=("plain", "legacy3", "word:2", "word:4", "word:8", "word", "field"),
+    foreign_rules=(("as_is", "v2"),),
 )

@@ -39,4 +39,5 @@ FORMAT = Format(
     read=gptq.read_as(lambda *_: "as_is", "gptq_v2"),
     adopt=adopt,
     write=gptq.write_as("gptq_v2"),
+    foreign_rules=(("plain", "v1"),),
 )
