@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import platform
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton", "huggingface-hub", "accelerate")
 STOCK_BACKENDS = ("gptqmodel", "optimum", "autoawq", "bitsandbytes", "compressed-tensors")
+PATIENCE = 180
+"""Seconds that importing vLLM may take."""
+
+_REGISTER = """
+import json
+import qplug.vllm as plugin
+
+plugin.register()
+failure = plugin.failure
+text = None if failure is None else f"{type(failure).__name__}: {failure}"
+print(json.dumps({"failure": text}))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +43,18 @@ class Examination:
         return asdict(self)
 
 
-def examine() -> Examination:
-    """Look at the environment this Python runs in; imports torch, starts no engine."""
+def examine(say: Callable[[str], None] | None = None) -> Examination:
+    """Look at the environment this Python runs in; imports torch, starts no engine.
+
+    `say` is told what takes seconds before it starts.
+    """
     problems: list[str] = []
     versions = {"qplug": _version("qplug"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
     others = {name: _version(name) for name in STOCK_BACKENDS}
     versions |= {name: found for name, found in others.items() if found != "not installed"}
-    engines = {"vllm": _vllm(problems), "transformers": _transformers(problems)}
-    machine, kernels = _kernels()
+    engines = {"vllm": _vllm(problems, say), "transformers": _transformers(problems)}
+    machine, kernels = _kernels(problems)
     return Examination(versions, machine, engines, kernels, problems)
 
 
@@ -45,7 +65,7 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _vllm(problems: list[str]) -> str:
+def _vllm(problems: list[str], say: Callable[[str], None] | None) -> str:
     """Say which distribution provides vLLM, and whether the plugin is there and registers."""
     provided = importlib.metadata.packages_distributions().get("vllm", [])
     real = [name for name in dict.fromkeys(provided) if name != "vllm" or len(set(provided)) == 1]
@@ -62,7 +82,37 @@ def _vllm(problems: list[str]) -> str:
     if not any(entry.name == "qplug" for entry in group):
         problems.append("the vLLM plugin is not registered: install qplug with pip")
         return f"{engine}, plugin not registered"
+    if say is not None:
+        say("importing vLLM to see whether the plugin registers (seconds) …")
+    if failure := registering():
+        problems.append(f"registration with vLLM failed: {failure}")
+        return f"{engine}, plugin failed"
     return f"{engine}, plugin registered (--quantization qplug-awq, qplug-gptq)"
+
+
+def registering() -> str:
+    """Register the plugin with vLLM in a process of its own; return why it failed, or nothing.
+
+    Importing vLLM takes threads, memory and signal handlers that this process does without.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _REGISTER],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"importing vLLM takes longer than {PATIENCE} s"
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])["failure"]
+    except (IndexError, KeyError, TypeError, ValueError):
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        return f"the process ended with code {done.returncode}: {last[0]}"
+    return "" if found is None else str(found)
 
 
 def _transformers(problems: list[str]) -> str:
@@ -86,10 +136,11 @@ def _transformers(problems: list[str]) -> str:
     return text + (f"; {', '.join(stock)} left to the stock backend" if stock else "")
 
 
-def _kernels() -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Choose a kernel for typical linears on this machine."""
+def _kernels(problems: list[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Choose a kernel for typical linears on this machine, `QPLUG_KERNEL` where it is set."""
     import torch
 
+    from qplug_converters.errors import QplugError
     from qplug_converters.weight import AffineGrid, QuantizedWeight
     from qplug_kernels import KERNELS, Problem, choose
 
@@ -97,6 +148,9 @@ def _kernels() -> tuple[dict[str, str], list[dict[str, str]]]:
     codes = torch.zeros(64, 256, dtype=torch.uint8)
     rows = []
     machine = {"device": device}
+    force = os.environ.get("QPLUG_KERNEL") or None
+    if force is not None:
+        machine["QPLUG_KERNEL"] = force
     for bits, dtype in (
         (4, torch.bfloat16), (4, torch.float16), (4, torch.float32), (3, torch.bfloat16),
         (8, torch.bfloat16),
@@ -104,13 +158,21 @@ def _kernels() -> tuple[dict[str, str], list[dict[str, str]]]:
         zeros = torch.full((64, 2), 1 << (bits - 1), dtype=torch.int16)
         grid = AffineGrid(torch.ones(64, 2, dtype=torch.float16), zeros, 128)
         problem = Problem.here(QuantizedWeight(codes, bits, grid), dtype, device)
-        choice = choose(problem, KERNELS)
+        try:
+            choice = choose(problem, KERNELS, force)
+        except QplugError as error:
+            name, why = "none", str(error)
+            if why not in problems:
+                problems.append(why)
+        else:
+            name = choice.kernel.name
+            why = "QPLUG_KERNEL asks for it" if force else choice.reasons or choice.kernel.title
         rows.append(
             {
                 "weights": f"{bits}-bit g128",
                 "activations": problem.dtype_name,
-                "kernel": choice.kernel.name,
-                "why": choice.reasons or choice.kernel.title,
+                "kernel": name,
+                "why": why,
             }
         )
         machine |= {"arch": problem.arch, "features": ", ".join(sorted(problem.features))}

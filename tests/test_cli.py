@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -25,9 +26,12 @@ V2 = GOLDEN / "gptq_v2-4b-asym-g64"
 QPLUG = Path(sys.executable).parent / "qplug"
 
 AMBIGUOUS = (
-    "warning: 15 stored zeros are 2^bits - 1, which readers of GPTQ v1 decode in different ways; "
+    "warning: 15 stored zeros are 2^bits - 1, which readers of gptq decode in different ways; "
     "read by rule `word` (producer gptqmodel:7.7.0; --zero-rule overrides)\n"
 )
+
+LEFT = "warning: not part of the model, and not carried along: reference.safetensors\n"
+"""What a golden holds besides: the weights as its own tool reads them."""
 
 
 def shaped(text: str) -> str:
@@ -56,7 +60,7 @@ def test_formats(qplug: Command) -> None:
 
 def test_inspect(qplug: Command) -> None:
     ran = qplug("inspect", ASYM)
-    assert (ran.code, ran.err) == (0, "")
+    assert (ran.code, ran.err) == (0, LEFT)
     assert ran.out == shaped(
         f"""
         folder             {ASYM}
@@ -81,12 +85,13 @@ def test_inspect(qplug: Command) -> None:
 def test_inspect_reads_zeros_when_asked(qplug: Command) -> None:
     ran = qplug("inspect", ASYM, "--zeros")
     assert ran.code == 0
-    assert ran.err == AMBIGUOUS
+    assert ran.err == LEFT + AMBIGUOUS
     assert "zeros              lowest 0, highest 15" in ran.out
     found = qplug("inspect", ASYM, "--zeros", "--json")
     assert found.err == ""
     assert found.json["zeros"]["stored_as_maxq"] == 15
-    assert found.json["notes"] == [AMBIGUOUS.removeprefix("warning: ").rstrip()]
+    said = LEFT + AMBIGUOUS
+    assert [f"warning: {note}" for note in found.json["notes"]] == said.splitlines()
 
 
 def test_inspect_of_a_dense_model(tmp_path: Path, qplug: Command) -> None:
@@ -127,11 +132,14 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path, qplug: Command) -> N
     assert "a\\x1b[2J\\nb" in ran.out
 
 
-def test_doctor(qplug: Command) -> None:
+def test_doctor(qplug: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qplug.doctor.registering", lambda: "")  # tests/test_doctor.py runs it
     ran = qplug("doctor")
     found = qplug("doctor", "--json")
     assert ran.code == found.code == (1 if found.json["problems"] else 0)
-    assert ran.err == "".join(f"warning: {p}\n" for p in found.json["problems"])
+    said = [line for line in ran.err.splitlines() if not line.startswith("importing vLLM")]
+    assert said == [f"warning: {p}" for p in found.json["problems"]]
+    assert found.err == ""
     assert ran.out.startswith("qplug ")
     assert {k["weights"] for k in found.json["kernels"]} >= {"4-bit g128", "8-bit g128"}
     assert all(k["kernel"] and k["why"] for k in found.json["kernels"])
@@ -157,9 +165,9 @@ def test_convert(tmp_path: Path, qplug: Command) -> None:
     )
     said = ran.err.splitlines(keepends=True)
     assert said[0] == "gptq to awq: EXACT\n"
-    assert said[1] == AMBIGUOUS
-    assert re.fullmatch(rf"wrote {re.escape(str(target))} in \d+\.\d s\n", said[2])
-    assert len(said) == 4  # and what the source contradicts itself about, from the proof
+    assert said[1:3] == [LEFT, AMBIGUOUS]
+    assert re.fullmatch(rf"wrote {re.escape(str(target))} in \d+\.\d s\n", said[3])
+    assert len(said) == 6  # and what the source contradicts itself about, from the proof
     assert {p.name for p in target.iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -190,7 +198,7 @@ def test_dry_run_writes_nothing(arguments: tuple[str, ...], tmp_path: Path, qplu
         assert set(ran.json) == {"plan"}
         assert ran.err == ""
     else:
-        assert ran.err == f"gptq to awq: EXACT\n{AMBIGUOUS}"
+        assert ran.err == f"gptq to awq: EXACT\n{LEFT}{AMBIGUOUS}"
 
 
 @pytest.mark.parametrize(
@@ -308,9 +316,14 @@ def test_forced_zero_rule_changes_the_weights(tmp_path: Path, qplug: Command) ->
 
 
 def test_forced_zero_rule_of_a_copy(tmp_path: Path, qplug: Command) -> None:
-    ran = qplug("convert", ASYM, tmp_path / "x", "--to", "gptq", "--zero-rule", "plain", "--verify")
-    assert ran.code == 0
-    assert (tmp_path / "x" / "model.safetensors").stat().st_size
+    """The config of a copy does not say by which rule: only the producer's may be copied."""
+    for rule, verdict in (("word", "COPIED"), ("plain", "IMPOSSIBLE")):
+        ran = qplug(
+            "convert", ASYM, tmp_path / rule, "--to", "gptq", "--zero-rule", rule, "--verify"
+        )
+        assert ran.code == (0 if verdict == "COPIED" else 3)
+        assert ran.out.splitlines()[1].split()[1] == verdict
+    assert {path.name for path in tmp_path.iterdir()} == {"word"}
 
 
 @pytest.mark.parametrize("source", [AWQ, V2], ids=["awq", "gptq_v2"])
@@ -334,7 +347,7 @@ def test_zero_rule_for_other_bits(tmp_path: Path, qplug: Command) -> None:
 
 def test_verify_of_the_same(qplug: Command) -> None:
     ran = qplug("verify", SYM, SYM)
-    assert (ran.code, ran.err) == (0, "")
+    assert (ran.code, ran.err) == (0, LEFT)
     assert ran.out.startswith("EXACT: 7 linears, 98,304 weights, 5 other tensors")
 
 
@@ -385,6 +398,22 @@ def test_verify_of_rounded_ones(tmp_path: Path, qplug: Command) -> None:
         (("convert", "a", "b", "--to", "awq", "--bits", "x"), "'x' is not a valid integer"),
         (("convert", "a", "b", "--to", "awq", "--zero-rule", "x"), "no rule 'x': choose one of"),
         (("convert", "a", "b", "--to", "awq", "--allow", "x"), "'x' is not one of"),
+        (("convert", "a", "b", "--to", "awq", "--bits", "8"), "awq holds 4 bits, not 8"),
+        (("convert", "a", "b", "--to", "dense", "--bits", "4"), "--bits means nothing with --to"),
+        (
+            ("convert", "a", "b", "--to", "dense", "--group-size", "32"),
+            "--group-size means nothing",
+        ),
+        (("convert", "a", "b", "--to", "dense", "--sym"), "--sym means nothing with --to dense"),
+        (("convert", "a", "b", "--to", "awq", "--dtype", "float32"), "--dtype is that of dense"),
+        (("convert", "", "b", "--to", "awq"), "an empty path"),
+        (("convert", "a", "", "--to", "awq"), "an empty path"),
+        (("inspect", ""), "an empty path"),
+        (("verify", "a", ""), "an empty path"),
+        (("quantize", "", "b", "--to", "awq"), "an empty path"),
+        (("quantize", "a", "b", "--to", "dense"), "dense holds no codes"),
+        (("quantize", "a", "b", "--to", "awq", "--bits", "8"), "awq holds 4 bits, not 8"),
+        (("quantize", "a", "b", "--to", "qplug", "--bits", "1", "--sym"), "cannot be symmetric"),
         (("inspect", "a", "--zero-rule", "x"), "no rule 'x'"),
         (("inspect", "a", "b"), "unexpected extra argument"),
         (("verify", "a"), "Missing argument 'B'"),
@@ -403,7 +432,9 @@ def test_wrong_usage(arguments: tuple[str, ...], said: str, qplug: Command) -> N
         assert said in ran.error["found"]
 
 
-@pytest.mark.parametrize("size", ["x", "0", "-5GB", "5 parsecs", ""])
+@pytest.mark.parametrize(
+    "size", ["x", "0", "0.5", "-5GB", "5 parsecs", "", "9" * 400, "10000000000000TB"]
+)
 def test_wrong_sizes(size: str, tmp_path: Path, qplug: Command) -> None:
     target = tmp_path / "x"
     ran = qplug("convert", SYM, target, "--to", "gptq", f"--max-shard-size={size}")
@@ -411,11 +442,131 @@ def test_wrong_sizes(size: str, tmp_path: Path, qplug: Command) -> None:
     assert not target.exists()
 
 
-def test_bits_that_a_target_lacks(tmp_path: Path, qplug: Command) -> None:
-    for arguments in (("--to", "awq", "--bits", "8"), ("--to", "dense", "--bits", "4")):
-        ran = qplug("convert", SYM, tmp_path / "x", *arguments)
+# Where DST lies -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+def test_an_existing_target_is_refused_first(command: str, tmp_path: Path, qplug: Command) -> None:
+    """Before SRC is opened, and without a plan; a dry run does not mind."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for target in (tmp_path, tmp_path / "link"):
+        ran = qplug(command, "/nowhere", target, "--to", "gptq")
+        assert (ran.code, ran.out) == (1, "")
+        assert ran.errors == [
+            f"error: {target}: found a file or folder that exists, expected a new name"
+        ]
+    assert qplug("convert", SYM, tmp_path, "--to", "gptq", "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+def test_a_target_inside_the_source(command: str, tmp_path: Path, qplug: Command) -> None:
+    source = (
+        Draft.of(SYM).save(tmp_path / "source") if command == "convert" else tmp_path / "source"
+    )
+    if command == "quantize":
+        dense().save(source)
+    (tmp_path / "link").symlink_to(source)
+    before = digest(source)
+    for one, two in (
+        (source, source / "x"),
+        (tmp_path / "link", source / "a" / "b"),
+        (source, tmp_path / "link" / "x"),
+        (source, tmp_path / "new" / ".." / "source" / "x"),
+    ):
+        ran = qplug(command, one, two, "--to", "gptq")
         assert ran.code == 1
-        assert arguments[-1] in ran.errors[0]
+        assert "found a place inside the source" in ran.errors[0]
+    assert digest(source) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "link"}
+
+
+def test_detours_in_a_target(
+    tmp_path: Path, qplug: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for detour in ("./x/../y", "x/../z/w/..", f"{tmp_path}/a/b/../../c"):
+        assert qplug("convert", SYM, detour, "--to", "gptq").code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"y", "z", "c"}
+    (tmp_path / "loop").symlink_to("loop")
+    ran = qplug("convert", SYM, "loop/v", "--to", "gptq")
+    assert (ran.code, ran.out) == (1, "")
+    assert len(ran.errors) == 1
+
+
+# Interrupts --------------------------------------------------------------------------------------
+
+SLOW = """
+import signal, sys, time
+from pathlib import Path
+import qplug_converters.execute as execute, qplug_converters.verify as verify
+import qplug_converters.writer as writer
+from qplug.cli import main
+
+def wait(*arguments, **more):
+    print("ready", flush=True)
+    time.sleep(30)
+
+where = sys.argv.pop(1)
+if where == "convert":
+    execute._convert = wait
+elif where == "verify":
+    verify.verify = wait
+discard = writer.Writer._discard
+def slow(self):
+    print("cleaning", flush=True)
+    time.sleep(0.5)
+    discard(self)
+if where == "convert":
+    writer.Writer._discard = slow
+    execute._pool = __import__("contextlib").contextmanager(lambda: (yield Inline()))
+class Inline:
+    def map(self, function, items):
+        return (function(item) for item in items)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", ["convert", "quantize", "verify"])
+def test_interrupts(command: str, number: int, code: int, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "target"
+    arguments = ["convert", SYM, target, "--to", "gptq_v2", "--verify"]
+    if command == "quantize":
+        source = dense().save(tmp_path / "dense")
+        arguments = ["quantize", source, target, "--to", "gptq", "--group-size", "32"]
+    where = "verify" if command == "verify" else "convert"
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, where, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        assert any(line == "ready\n" for line in child.stdout)
+        child.send_signal(number)
+        if where == "convert":
+            assert "cleaning\n" in child.stdout
+            for again in (signal.SIGINT, signal.SIGTERM):
+                child.send_signal(again)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == code
+    last = said.splitlines()[-1]
+    if where == "verify":
+        assert f"wrote {target} in" in said
+        assert last == f"warning: interrupted; {target} is complete but not verified"
+        assert (target / "config.json").exists()
+    else:
+        assert last == "warning: interrupted; nothing was left behind"
+        assert not target.parent.exists()
+    assert "Traceback" not in said
+
+
+def test_handlers_are_put_back(qplug: Command) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    qplug("formats")
+    qplug("inspect", "/nowhere")
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 # quantize ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from builders import GOLDEN, Command, Draft, Stored, dense
 from torch import Tensor
 
-from qplug.quantizers import QUANTIZERS, QuantizeReport, quantize, rtn
+from qplug.quantizers import QUANTIZERS, QuantizeReport, fitting, quantize, rtn
 from qplug_converters import formats
 from qplug_converters.checkpoint import open_checkpoint
 from qplug_converters.errors import QplugError
@@ -34,6 +35,7 @@ def run(
     bits: int = 4,
     group_size: int = 32,
     sym: bool = False,
+    allow_dense: bool = False,
 ) -> QuantizeReport:
     source = folder / "dense"
     if not source.exists():
@@ -46,6 +48,7 @@ def run(
         bits=bits,
         group_size=group_size,
         sym=sym,
+        allow_dense=allow_dense,
     )
 
 
@@ -197,7 +200,7 @@ def test_a_group_larger_than_the_linear(tmp_path: Path) -> None:
 def test_left_dense(tmp_path: Path, qplug: Command) -> None:
     """What the target cannot hold stays as it is, and is reported."""
     draft = dense()
-    report = run(draft, tmp_path, "awq", group_size=48)
+    report = run(draft, tmp_path, "awq", group_size=48, allow_dense=True)
     # 64 inputs are no whole groups of 48; 96 are.
     left = {n for n in draft.tensors if n.startswith("model.layers") and "down" not in n}
     assert {f"{name}.weight" for name in report.left_dense} == left
@@ -207,8 +210,70 @@ def test_left_dense(tmp_path: Path, qplug: Command) -> None:
         assert bytes(out.raw(name)) == draft.tensors[name].data
     skipped = out.block["modules_to_not_convert"] if out.block else ()
     assert set(report.left_dense) <= set(skipped)
-    ran = qplug("quantize", tmp_path / "dense", tmp_path / "o", "--to", "awq", "--group-size", "48")
-    assert f"left dense      {', '.join(report.left_dense)}" in ran.out
+    awq = ("quantize", tmp_path / "dense", tmp_path / "o", "--to", "awq", "--group-size", "48")
+    ran = qplug(*awq, "--allow-dense")
+    assert ran.code == 0
+    assert "left dense      3 shapes\n" in ran.out
+    assert ran.err == (
+        "warning: 3 linears left dense: awq needs whole groups, and 64 inputs are not a multiple "
+        f"of 48 ({', '.join(report.left_dense)})\n"
+    )
+
+
+def test_a_group_size_that_fits_little(tmp_path: Path, qplug: Command) -> None:
+    """As SmolLM2: widths 576 and 1536, and AWQ's usual groups of 128."""
+    source = dense(hidden=144, inter=256).save(tmp_path / "dense")
+    ran = qplug("quantize", source, tmp_path / "q", "--to", "awq")
+    assert ran.code == 1
+    assert ran.errors == [
+        f"error: {source}: 3 of 4 linears would stay dense: awq needs whole groups, and 144 inputs "
+        "are not a multiple of 128"
+    ]
+    assert "hint: --group-size 16 fits every linear; --allow-dense leaves them dense" in ran.err
+    assert not (tmp_path / "q").exists()
+    ran = qplug("quantize", source, tmp_path / "q", "--to", "awq", "--group-size", "16")
+    assert (ran.code, ran.err) == (0, "")
+    ran = qplug("quantize", source, tmp_path / "q2", "--to", "awq", "--allow-dense", "--json")
+    assert (ran.code, ran.err, ran.json["linears"]) == (0, "", 1)
+    assert [(x["kind"], len(x["linears"])) for x in ran.json["left_dense"]] == [("shapes", 3)]
+
+
+def test_fitting_group_sizes() -> None:
+    assert fitting([576, 1536], 128) == 64
+    assert fitting([4096, 11008], 128) == 128
+    assert fitting([4096, 11008], 1024) == 256
+    assert fitting([4096, 100], 128) == 0
+
+
+def test_one_stated_group_size(tmp_path: Path, qplug: Command) -> None:
+    """AWQ's config names one group size: a linear shorter than a group stays dense beside others.
+
+    Where all are shorter, each is one group.
+    """
+    draft = dense(hidden=256, inter=256)
+    short = np.ones((64, 64), np.float32)
+    draft.tensors["model.layers.0.short_proj.weight"] = Stored.of(short)
+    report = run(draft, tmp_path, "awq", group_size=128)
+    assert report.left_dense == ("model.layers.0.short_proj",)
+    assert "64 inputs are not a multiple of 128" in report.dense[0].reason
+    found = linears(tmp_path / "out")
+    assert {q.grid.group_size for q in found.values()} == {128}
+    ran = qplug("quantize", tmp_path / "dense", tmp_path / "g", "--to", "gptq", "--json")
+    assert (ran.code, ran.json["left_dense"], ran.json["linears"]) == (0, [], 5)
+    (tmp_path / "all").mkdir()
+    report = run(dense(), tmp_path / "all", "awq", group_size=128)
+    assert report.left_dense == ()
+    for quantized in linears(tmp_path / "all" / "out").values():
+        assert quantized.grid.scales.shape[1] == 1
+
+
+def test_the_certificate_holds_the_errors(tmp_path: Path) -> None:
+    report = run(dense(), tmp_path)
+    certificate = json.loads((tmp_path / "out" / "qplug-certificate.json").read_text())
+    made = certificate["quantizer"]
+    assert (made["method"], made["bits"], made["group_size"], made["sym"]) == ("rtn", 4, 32, False)
+    assert made["errors"] == pytest.approx(dict(report.errors))
+    assert made["relative_error"] == pytest.approx(report.relative_error)
 
 
 def test_heads_routers_and_towers_stay(tmp_path: Path) -> None:
@@ -216,8 +281,17 @@ def test_heads_routers_and_towers_stay(tmp_path: Path) -> None:
     square = draft.tensors["model.layers.0.self_attn.q_proj.weight"]
     for name in ("lm_head", "model.layers.0.mlp.gate", "visual.blocks.0.attn.qkv", "score"):
         draft.tensors[f"{name}.weight"] = square
+    odd = Stored("F64", square.shape, square.array.astype("float64").tobytes())
+    draft.tensors["model.layers.0.mlp.odd_proj.weight"] = odd
     report = run(draft, tmp_path)
     assert len(report.errors) == 4
+    assert {left.kind: left.linears for left in report.dense} == {
+        "heads": ("lm_head", "score"),
+        "routers": ("model.layers.0.mlp.gate",),
+        "towers": ("visual.blocks.0.attn.qkv",),
+        "dtypes": ("model.layers.0.mlp.odd_proj",),
+    }
+    assert report.left_dense == ()
     out = open_checkpoint(tmp_path / "out")
     assert bytes(out.raw("lm_head.weight")) == square.data
 

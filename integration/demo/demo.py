@@ -259,10 +259,6 @@ def demo(report: Report) -> None:
     command = [str(BIN / "vllm"), "serve", str(awq), "--quantization", "qplug-awq"]
     if fp8:
         command += ["--kv-cache-dtype", "fp8"]
-    else:
-        print(
-            "      no AVX-512 here: vLLM's CPU build has no fp8 KV cache, so it stays unquantized"
-        )
     command += ["--dtype", dtype, "--max-model-len", "1024", "--served-model-name", "smollm2"]
     # Eager: compiling takes a C++ compiler and a minute, and one question does not repay it.
     command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]

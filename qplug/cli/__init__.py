@@ -1,6 +1,7 @@
 """The command line: one thin file a command, one printer, exit codes in one place.
 
-Exit codes: 0 done and as promised; 1 bad input or environment; 2 wrong usage; 3 the answer is no.
+Exit codes: 0 done and as promised; 1 bad input or environment; 2 wrong usage; 3 the answer is no;
+130 interrupted, 143 terminated.
 Commands import their work inside the function, so that `--help` stays fast and torch is loaded
 only by what needs it.
 """
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import signal
 import sys
 from typing import Any
 
 import click
 
 from . import render
+from .signals import Interrupted, Signals
 
 COMMANDS = ("inspect", "convert", "verify", "quantize", "formats", "doctor")
 
@@ -41,27 +44,47 @@ def group() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    from qplug_converters.errors import QplugError
-
-    as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names may hold what the terminal's encoding has not; stderr does this by itself.
         sys.stdout.reconfigure(errors="backslashreplace")
+    signals = Signals()
+    signals.watch()
+    try:
+        code = _run(argv)
+    except BaseException as error:
+        # An interrupt in the middle of an import or a callback can come out as something else.
+        if not signals.met and not isinstance(error, KeyboardInterrupt | click.Abort):
+            raise
+        known: BaseException | None = error
+        while known is not None and not isinstance(known, Interrupted):
+            known = known.__cause__ or known.__context__
+        render.warn("interrupted" if known is None else f"interrupted; {known}")
+        code = 128 + (signals.met or signal.SIGINT)
+    finally:
+        if argv is None:
+            signals.ignore()  # all is said and done; only Python's own end is left
+        else:
+            signals.forget()
+    sys.exit(code)
+
+
+def _run(argv: list[str] | None) -> int:
+    """Run the command line and return its code."""
+    from qplug_converters.errors import QplugError
+
+    as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
         result: Any = group.main(args=argv, prog_name="qplug", standalone_mode=False)
     except QplugError as error:
         render.error(error, as_json=as_json)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except click.ClickException as error:
         error.show()
         if as_json:
             wrong = QplugError(error.format_message(), "the command line", fix="see --help")
             render.data({"error": wrong.as_json()})
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        render.warn("interrupted; nothing was left behind")
-        sys.exit(130)
+        return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
-        sys.exit(1)
-    sys.exit(result if isinstance(result, int) else 0)
+        return 1
+    return result if isinstance(result, int) else 0

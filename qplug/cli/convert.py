@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import render
-from .options import format_name, group_size, json_option, parse_size, zero_rule_option
+from .options import (
+    Folder,
+    check_bits,
+    format_name,
+    group_size,
+    json_option,
+    max_shard_option,
+    new_folder,
+    zero_rule_option,
+)
+from .signals import leaving
 
 if TYPE_CHECKING:
     from qplug_converters.format import Format
@@ -17,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("src", type=click.Path(path_type=Path))
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("src", type=Folder())
+@click.argument("dst", type=Folder())
 @click.option(
     "--from",
     "source",
@@ -42,9 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Dtype of dense weights.",
+    help="Dtype of dense weights (default: float32).",
 )
 @zero_rule_option
 @click.option(
@@ -54,7 +62,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The worst that may happen to a weight.",
 )
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Cut shards at this size.")
+@max_shard_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--verify", "prove", is_flag=True, help="Read both again and compare every weight.")
 @json_option
@@ -66,10 +74,10 @@ def command(
     bits: int | None,
     group_size: int | None,
     sym: bool,
-    dtype: str,
+    dtype: str | None,
     zero_rule: str | None,
     allow: str,
-    max_shard_size: str,
+    max_shard: int,
     dry_run: bool,
     prove: bool,
     as_json: bool,
@@ -84,11 +92,13 @@ def command(
     from qplug_converters.plan import Verdict, Wishes, make_plan
     from qplug_converters.survey import survey
 
-    most = parse_size(max_shard_size)
+    _check_usage(target, bits, group_size, sym, dtype)
+    if not dry_run:
+        dst = new_folder(src, dst)
     checkpoint = open_checkpoint(src, zero_rule)
     found, model = checkpoint.scheme(source)
     model = survey(checkpoint, found, model)
-    wishes = Wishes(bits=bits, group_size=group_size, sym=sym, dtype=dtype)
+    wishes = Wishes(bits=bits, group_size=group_size, sym=sym, dtype=dtype or "float32")
     plan = make_plan(found, model, target, wishes)
     if not as_json:
         _show(plan)
@@ -111,31 +121,49 @@ def command(
     from qplug_converters.execute import execute
     from qplug_converters.verify import verify
 
-    started = time.perf_counter()
-    with render.progress("convert") as progress:
-        execute(plan, checkpoint, dst, progress=progress, max_shard=most)
-    answer["seconds"] = round(time.perf_counter() - started, 3)
-    answer["output"] = str(dst)
-    if not as_json:
-        render.say(f"wrote {dst} in {render.seconds(started)}")
-    code = 0
-    if prove:
-        started = time.perf_counter()
-        with render.progress("verify") as progress:
-            # A copy keeps the zeros, and the config that does not say how they were stored.
-            kept = zero_rule if plan.copied_whole else None
-            one, two = open_checkpoint(src, zero_rule), open_checkpoint(dst, kept)
-            proof = verify(one, two, progress=progress)
-        from .verify import show
+    from .verify import show
 
-        answer["proof"] = proof.as_json()
+    code = 0
+    with leaving(dst, " but not verified" if prove else ""):
+        started = time.perf_counter()
+        with render.progress("convert") as progress:
+            execute(plan, checkpoint, dst, progress=progress, max_shard=max_shard)
+        answer["seconds"] = round(time.perf_counter() - started, 3)
+        answer["output"] = str(dst)
         if not as_json:
-            show(proof, started)
-        promised = proof.verdict <= max(plan.verdict, Verdict.EXACT) and not proof.problems
-        code = 0 if promised else 3
+            render.say(f"wrote {dst} in {render.seconds(started)}")
+        if prove:
+            started = time.perf_counter()
+            with render.progress("verify") as progress:
+                # A copy keeps the zeros, and the config that does not say how they were stored.
+                kept = zero_rule if plan.copied_whole else None
+                one, two = open_checkpoint(src, zero_rule), open_checkpoint(dst, kept)
+                proof = verify(one, two, progress=progress)
+            answer["proof"] = proof.as_json()
+            if not as_json:
+                show(proof, started)
+            promised = proof.verdict <= max(plan.verdict, Verdict.EXACT) and not proof.problems
+            code = 0 if promised else 3
     if as_json:
         render.data(answer)
     return code
+
+
+def _check_usage(
+    target: Format, bits: int | None, group_size: int | None, sym: bool, dtype: str | None
+) -> None:
+    """Refuse what the target would ignore, or does not hold."""
+    if target.capacity is None:
+        given = {"--bits": bits is not None, "--group-size": group_size is not None, "--sym": sym}
+        for name, is_given in given.items():
+            if is_given:
+                raise click.UsageError(f"{name} means nothing with --to {target.name}: no codes")
+    elif dtype is not None:
+        raise click.UsageError(
+            f"--dtype is that of dense weights, and means nothing with --to {target.name}"
+        )
+    if bits is not None:
+        check_bits(target, bits)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -147,18 +175,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "counts": {verdict.name: count for verdict, count in plan.counts.items()},
         "producer": plan.model.producer,
         "notes": list(plan.model.notes),
-        "linears": [
-            {
-                "module": step.module,
-                "verdict": step.verdict.name,
-                "from": step.source.describe(),
-                "to": step.target.describe(),
-                "zero_rule": step.source.zero_rule,
-                "moves": [str(move) for move in step.moves],
-                "reason": step.reason,
-            }
-            for step in plan.steps
-        ],
+        "linears": [{"module": step.module, **step.as_json()} for step in plan.steps],
     }
 
 

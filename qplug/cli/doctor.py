@@ -14,7 +14,7 @@ def command(as_json: bool) -> int:
     """Show versions, engines, registrations and the kernels that would run."""
     from ..doctor import examine
 
-    found = examine()
+    found = examine(None if as_json else render.say)
     if as_json:
         render.data(found.as_json())
         return 1 if found.problems else 0

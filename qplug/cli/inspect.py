@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import render
-from .options import format_name, json_option, zero_rule_option
+from .options import Folder, format_name, json_option, zero_rule_option
 
 if TYPE_CHECKING:
     from qplug_converters.format import Format
 
 
 @click.command()
-@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("src", type=Folder())
 @click.option(
     "--from",
     "source",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import render
-from .options import json_option, zero_rule_option
+from .options import Folder, json_option, zero_rule_option
 
 if TYPE_CHECKING:
     from qplug_converters.verify import Certificate
@@ -18,8 +18,8 @@ MOST_LINES = 20
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=Folder())
+@click.argument("b", type=Folder())
 @click.option(
     "--allow",
     type=click.Choice(["exact", "rounded"]),

@@ -2,7 +2,8 @@
 
 vLLM loads the entry point `qplug` (group `vllm.general_plugins`) in every one of its processes
 and calls `register`. Nothing here may stop vLLM from serving other models, so nothing is imported
-before vLLM asks, and an error is remembered for `qplug doctor` instead of raised.
+before vLLM asks, and an error is logged and remembered instead of raised; `qplug doctor` registers
+in a process of its own and prints it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def register() -> None:
         failure = error
         logging.getLogger("vllm.qplug").error(
             "qplug is not available in this vLLM (%s: %s); other models are not affected, "
-            "`qplug doctor` tells more",
+            "`qplug doctor` shows this too",
             type(error).__name__,
             error,
         )
