@@ -1,7 +1,8 @@
 """How a quantized linear is multiplied: no files, no engines.
 
 `prepare` chooses one of `KERNELS` and encodes a `QuantizedWeight` into its layout; `apply_linear`
-runs it. A kernel is one file and one line here; its place is its preference.
+runs it, unless an engine takes a plain dense weight for itself. A kernel is one file and one line
+here; its place is its preference.
 """
 
 from . import cpu_int4, cpu_int4_wna16, dense, reference

@@ -76,6 +76,8 @@ def cannot_pack(problem: Problem) -> str | None:
         return f"codes have {problem.bits} bits, and the operation holds 4"
     if problem.highest_zero > 16:
         return f"a zero is {problem.highest_zero}, above 16"
+    if not problem.weights_fit_bf16:
+        return "scales are so large that 16 of one may overflow bfloat16"
     if problem.arch != "x86_64" or "avx2" not in problem.features:
         return f"the operation is vectorised for x86-64 with AVX2, and this is {problem.machine}"
     if "int4pack" not in problem.ops:
@@ -98,6 +100,8 @@ def cannot(problem: Problem) -> str | None:
         reason = f"torch {problem.torch_version} has no 4-bit embedding rows (FBGEMM)"
     if reason is None and not problem.scales_fit_f16:
         reason = "scales are outside the range of float16"
+    if reason is None and not problem.offsets_fit_f16:
+        reason = "a zero times its scale overflows float16"
     return reason
 
 

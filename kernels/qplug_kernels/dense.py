@@ -18,30 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qplug_converters.codec import round_to
+from qplug_converters.codec import dequantize_to
 from qplug_converters.weight import QuantizedWeight
 
 from .problem import Kernel, Problem
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-BLOCK = 1 << 22
-"""Weights decoded at a time: 16 MiB of float32, so that loading a linear needs little beside it."""
-
-
-def dequantize_to(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """Return `[out, in]`: the weight in float32, rounded once to `dtype`, in blocks of rows.
-
-    Raises
-    ------
-    QplugError
-        If a weight overflows `dtype`.
-    """
-    dense = torch.empty(weight.codes.shape, dtype=dtype, device=weight.codes.device)
-    step = max(1, BLOCK // max(1, weight.in_features))
-    for start in range(0, weight.out_features, step):
-        rows = weight.rows(start, start + step)
-        dense[start : start + step] = round_to(rows.dequantize(), dtype)
-    return dense
 
 
 def cannot(problem: Problem) -> str | None:

@@ -1,17 +1,20 @@
-"""Prepare a quantized linear once, multiply by it many times: all that an engine calls.
+"""Prepare a quantized linear once, multiply by it many times: the room's face to an engine.
 
 `prepare` chooses a kernel, encodes the weight into its layout and says so in the log;
-`apply_linear` runs it. Everything that depends on the number of tokens happens inside one custom
-operation: an engine traces its model once, with many tokens, and a branch in traced code would be
-frozen the way it went then (vLLM's compiled CPU mode does so without a guard).
+`apply_linear` runs any kernel. Where the choice falls on a plain dense weight, an engine may take
+it (`Prepared.dense_weight`) and multiply by it as by its own (docs/adr/0005).
+
+Everything that depends on the number of tokens happens inside one custom operation: an engine
+traces its model once, with many tokens, and a branch in traced code would be frozen the way it
+went then (vLLM's compiled CPU mode does so without a guard).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -39,9 +42,8 @@ class Prepared:
     dtype
         Of the activations it takes and returns.
     tensors
-        The kernel's operands by name, in its order. An engine may hold them as parameters or
-        buffers and put moved ones back with `with_tensors`; saving them is pointless, their
-        layout may depend on the CPU.
+        The kernel's operands by name, in its order. Saving them is pointless, their layout may
+        depend on the CPU.
     """
 
     kernel: str
@@ -56,20 +58,12 @@ class Prepared:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
-    def bytes_per_weight(self) -> float:
-        """`nbytes` for each weight."""
-        return self.nbytes / max(1, self.in_features * self.out_features)
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Prepared:
-        """Return the same linear over other tensors of these names, shapes and dtypes."""
-        for name, tensor in self.tensors.items():
-            found = tensors[name]
-            if found.shape != tensor.shape or found.dtype != tensor.dtype:
-                raise ValueError(
-                    f"tensor `{name}` of kernel {self.kernel} is {found.dtype} "
-                    f"{list(found.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
-                )
-        return replace(self, tensors={name: tensors[name] for name in self.tensors})
+    def dense_weight(self) -> Tensor | None:
+        """The weight `[out, in]` in `dtype` where that is all there is, else `None`."""
+        if not _kernel(self.kernel).dense:
+            return None
+        [weight] = self.tensors.values()
+        return weight
 
 
 def prepare(

@@ -54,6 +54,11 @@ class Problem:
         The highest zero (value subtracted).
     scales_fit_f16
         Whether float16 holds every scale to its own precision.
+    offsets_fit_f16
+        Whether every zero * scale is below the largest number of float16.
+    weights_fit_bf16
+        Whether 16 * scale, and so every weight and offset of 4 bits, is below the largest number
+        of bfloat16.
     dtype
         Of the activations, and of the result.
     device
@@ -76,6 +81,8 @@ class Problem:
     run: int = 0
     highest_zero: int = 8
     scales_fit_f16: bool = True
+    offsets_fit_f16: bool = True
+    weights_fit_bf16: bool = True
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     arch: str = "x86_64"
@@ -114,6 +121,8 @@ class Problem:
             run=_run(weight),
             highest_zero=int(grid.zeros.max()) if grid.zeros.numel() else 0,
             scales_fit_f16=_fit_f16(grid.scales),
+            offsets_fit_f16=_within(grid.scales.float() * grid.zeros, torch.float16),
+            weights_fit_bf16=_within(grid.scales.float() * 16, torch.bfloat16),
             dtype=dtype,
             device=device.type,
             arch=_arch(device),
@@ -142,6 +151,11 @@ def _fit_f16(scales: Tensor) -> bool:
     exact = scales.float()
     lost = (exact.half().float() - exact).abs()
     return bool((lost <= exact.abs() * 2.0**-11).all())
+
+
+def _within(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rounding to `dtype` overflows nowhere."""
+    return bool((values.abs() <= torch.finfo(dtype).max).all())
 
 
 def _arch(device: torch.device) -> str:
@@ -178,7 +192,8 @@ class Kernel:
     title
         What it does, in half a sentence.
     dense
-        Whether the weights are held unpacked, which is never silent.
+        Whether the weight is held unpacked, which is never silent: the one operand is then
+        `[out, in]` in the dtype of the activations.
     cannot
         Returns why this kernel cannot serve a problem, as a sentence, or `None`.
     prepare

@@ -25,7 +25,6 @@ from qplug_converters.errors import QplugError
 from qplug_converters.layout import Layout, Part
 from qplug_converters.scheme import Scheme
 from qplug_converters.weight import AffineGrid, QuantizedWeight
-from qplug_kernels.dense import KERNEL as DENSE
 from qplug_kernels.linear import apply_linear, prepare
 
 from . import compat
@@ -89,7 +88,10 @@ class QplugLinearMethod(LinearMethodBase):
         layer.qplug_dtype = params_dtype
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Decode what was loaded and hand it to a kernel; the parts are dropped."""
+        """Decode what was loaded and hand it to a kernel, or to vLLM if it ends up dense.
+
+        The parts are dropped.
+        """
         parts = {part.name: getattr(layer, part.name).data for part in self.layout}
         check = not compat.load_is_dummy()
         weights, start = [], 0
@@ -110,19 +112,21 @@ class QplugLinearMethod(LinearMethodBase):
         del parts
         compat.log_like_vllm()
         prepared = prepare(_stacked(weights), layer.qplug_dtype, device)
-        layer.qplug = None if prepared.kernel == DENSE.name else prepared
+        dense = prepared.dense_weight
+        layer.qplug = prepared if dense is None else None
         # LoRA finds the device of a layer by a tensor of either name.
-        if layer.qplug is None:
-            # vLLM multiplies by a dense weight as in any unquantized layer: on a CPU it packs the
-            # weight once, as torch's own matmul does not (1.3 times faster at float16, 8 tokens).
-            layer.weight = torch.nn.Parameter(prepared.tensors["weight"], requires_grad=False)
+        if dense is not None:
+            layer.weight = torch.nn.Parameter(dense, requires_grad=False)  # docs/adr/0005
             self.unquantized.process_weights_after_loading(layer)
         else:
             operand = next(iter(prepared.tensors.values()))
             layer.qweight = torch.nn.Parameter(operand, requires_grad=False)  # shares its memory
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply; what depends on the number of tokens is decided inside one custom op."""
+        """Multiply: a dense weight as vLLM does, any other inside one custom op.
+
+        What depends on the number of tokens is decided inside that op.
+        """
         if layer.qplug is None:
             result: Tensor = self.unquantized.apply(layer, x, bias)
             return result

@@ -67,6 +67,9 @@ def test_choice(problem, name):
         ("cpu_int4", replace(PLAIN, in_features=80, run=0), "groups of 128 over 80 inputs do not"),
         ("cpu_int4", replace(PLAIN, run=1, act_order=True), "in act order do not split"),
         ("cpu_int4", replace(PLAIN, scales_fit_f16=False), "outside the range of float16"),
+        ("cpu_int4", replace(PLAIN, offsets_fit_f16=False), "zero times its scale overflows"),
+        ("cpu_int4", replace(PLAIN, weights_fit_bf16=False), "16 of one may overflow bfloat16"),
+        ("cpu_int4_wna16", replace(XEON, weights_fit_bf16=False), "may overflow bfloat16"),
         ("cpu_int4_wna16", replace(XEON, dtype=torch.float32), "activations are float32"),
         ("cpu_int4_wna16", PLAIN, "not loaded in this process"),
         ("cpu_int4_wna16", replace(XEON, features=frozenset({"avx2"})), "fast with AMX only"),
@@ -119,6 +122,23 @@ def test_here(random_weight):
     weight.grid.scales[0, 0] = 1e-9
     here = Problem.here(weight, torch.bfloat16)
     assert (here.block, here.act_order, here.scales_fit_f16) == (96, True, False)
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero", "offsets_fit", "weights_fit"),
+    [
+        (4366, 15, True, True),  # 65490
+        (4368, 15, False, True),  # 65520 rounds to infinity
+        (-4368, 15, False, True),
+        (2e37, 0, True, True),
+        (3e37, 0, True, False),
+    ],
+)
+def test_here_knows_what_overflows(scale, zero, offsets_fit, weights_fit, random_weight):
+    weight = random_weight(32, 64, 32, scale_dtype=torch.float32, highest_zero=0)
+    weight.grid.scales[3, 1], weight.grid.zeros[3, 1] = scale, zero
+    here = Problem.here(weight, torch.bfloat16)
+    assert (here.offsets_fit_f16, here.weights_fit_bf16) == (offsets_fit, weights_fit)
 
 
 def test_g_idx_in_order_is_no_act_order(random_weight):

@@ -209,23 +209,39 @@ def test_overflow_is_an_error_and_never_an_infinity(random_weight):
         prepare(weight, torch.float16)
 
 
-def test_bytes_per_weight(random_weight):
+@pytest.mark.parametrize(("scale", "zero"), [(5000, 15), (5e37, 0)])
+def test_large_scales_are_right_for_few_tokens_and_many(scale, zero, random_weight):
+    """A zero * scale above 65504, a (8 - zero) * scale above 3.4e38; the weights are finite."""
+    weight = random_weight(32, 64, 32, scale_dtype=torch.float32)
+    weight.grid.scales.fill_(scale)
+    weight.grid.zeros.fill_(zero)
+    weight.codes.fill_(3)
+    prepared = prepare(weight, torch.bfloat16)
+    for tokens in (1, FEW + 8):
+        found = apply_linear(torch.full((tokens, 64), 1 / 64).bfloat16(), prepared)
+        expected = weight.dequantize().double().sum(1).expand(tokens, 32) / 64
+        assert relative(found, expected) < BOUND[torch.bfloat16]
+
+
+def test_nbytes(random_weight):
     problem = Problem.here(random_weight(32, 64, 32), torch.bfloat16)
     if linear.choose(problem).kernel.dense:
         pytest.skip("no packed kernel on this machine")
     for group_size, most in ((32, 1.25), (64, 1.125), (128, 1.0625)):
         prepared = prepare(random_weight(64, 256, group_size), torch.bfloat16)
         assert prepared.nbytes == sum(t.nbytes for t in prepared.tensors.values())
-        assert prepared.bytes_per_weight <= most
+        assert prepared.nbytes <= most * 64 * 256
 
 
-def test_with_tensors(random_weight):
-    prepared = prepare(random_weight(32, 64, 32), torch.float32)
-    x = torch.randn(3, 64)
-    moved = prepared.with_tensors({n: t.clone() for n, t in prepared.tensors.items()})
-    assert torch.equal(apply_linear(x, moved), apply_linear(x, prepared))
-    with pytest.raises(ValueError, match="`weight` of kernel dense is"):
-        prepared.with_tensors({"weight": prepared.tensors["weight"].half()})
+def test_a_plain_dense_weight_is_offered_to_the_engine(monkeypatch, random_weight):
+    weight = random_weight(32, 64, 32, act_order=True)
+    dense = prepare(weight, torch.float32).dense_weight
+    assert torch.equal(dense, weight.dequantize())
+    monkeypatch.setenv("QPLUG_KERNEL", "reference")
+    assert prepare(weight, torch.float32).dense_weight is None
+    monkeypatch.delenv("QPLUG_KERNEL")
+    chosen = prepare(weight, torch.bfloat16)
+    assert (chosen.dense_weight is None) == (chosen.kernel != "dense")
 
 
 VLLM = """
@@ -243,7 +259,7 @@ for rows, columns, group, act in ((64, 576, 64, 0), (96, 192, 96, 1), (64, 256, 
     weight = QuantizedWeight(codes, 4, grid)
     prepared = prepare(weight, torch.bfloat16)
     assert prepared.kernel == "cpu_int4_wna16", prepared.kernel
-    assert prepared.bytes_per_weight <= 1.25
+    assert prepared.nbytes <= 1.25 * rows * columns
     exact = weight.dequantize().double()
     for tokens in (1, 8, 9, 70):
         x = torch.randn(tokens, columns).bfloat16().requires_grad_()
@@ -256,6 +272,11 @@ for rows, columns, group, act in ((64, 576, 64, 0), (96, 192, 96, 1), (64, 256, 
         apply_linear(x, prepared).sum().backward()
         expected = exact.sum(0).expand_as(x)
         assert (x.grad.double() - expected).norm() < 1e-2 * expected.norm()
+grid = AffineGrid(torch.full((64, 2), 5e37), torch.zeros(64, 2, dtype=torch.int16), 32)
+weight = QuantizedWeight(torch.full((64, 64), 3, dtype=torch.uint8), 4, grid)
+prepared = prepare(weight, torch.bfloat16)  # 8 * 5e37 is no float32
+for tokens in (1, 70):
+    assert apply_linear(torch.full((tokens, 64), 2.0**-10).bfloat16(), prepared).isfinite().all()
 """
 
 
