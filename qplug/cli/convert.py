@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,7 @@ def command(
                 proof = verify(one, two, progress=progress)
             answer["proof"] = proof.as_json()
             if not as_json:
-                show(proof, started)
+                show(replace(proof, notes=()), started)  # the plan has shown them
             promised = proof.verdict <= max(plan.verdict, Verdict.EXACT) and not proof.problems
             code = 0 if promised else 3
     if as_json:
