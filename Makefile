@@ -53,7 +53,7 @@ unit: $(READY) ## tests/: no engine, no network
 	$(BIN)/pytest tests -m "not engine" --durations=5
 
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
-	$(BIN)/pytest integration tests -m "engine and not slow" --durations=15
+	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration tests -m "engine and not slow" --durations=15
 
 bench: $(READY) $(GPTQ) $(AWQ) ## measure against cp, clone(), stock vLLM and dense; prints tables
 	@missed=0; for bench in integration/benchmarks/bench_*.py; do \

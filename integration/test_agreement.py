@@ -1,13 +1,16 @@
 """The acceptance test: a converted model says the same, whoever runs it.
 
-The model served by vLLM through qplug (AWQ layout and GPTQ), the one that Transformers loads, and
-the dequantized model in either engine agree token for token. A difference is printed with its
-position and gap and allowed where both tokens lie within twice the tolerance in both models, in
-one prompt of ten.
+The model served by vLLM through qplug (AWQ layout and GPTQ; in one process and over HTTP), the one
+that Transformers loads, and the dequantized model in either engine agree token for token. A
+difference is reported with its position and gap and allowed where both tokens lie within twice the
+tolerance in both models, in one prompt of ten.
 
 At float16 the two engines differ on the *unquantized* model: each is up to 2.5e-3 of the largest
-logit away from float32 (SmolLM2-135M, vLLM 0.32, Transformers 5.19), and ties fall either way. A
-difference between engines that the dequantized model shows at the same token is therefore theirs.
+logit away from float32 (SmolLM2-135M, vLLM 0.32, Transformers 5.19), and ties fall either way. The
+rule is therefore read so: where two engines are compared, a difference that the unquantized model
+shows between them at the same token is theirs, whatever its gap. It is counted and reported ("also
+in the unquantized model") and does not fail; of all others, qplug's own, at most one prompt of ten
+may differ. At float32 the engines do not differ on the unquantized model, and nothing is excused.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -34,6 +37,10 @@ pytestmark = pytest.mark.engine
 TOLERANCE = {"float16": 1e-3, "float32": 1e-4}
 """Of logits, relative to the largest of their step (docs: tolerances)."""
 TOKENS = 64
+NEAR = 20
+"""Logprobs asked for at each step: the most that vLLM gives."""
+MOST = 1
+"""Prompts, of ten, that may differ."""
 QUESTIONS = (
     "What is the capital of France?",
     "Name three colors of the rainbow.",
@@ -104,25 +111,63 @@ def by_transformers(name: str, folder: Path, dtype: str, prompts: list[list[int]
     return said, logits.abs().amax(-1)
 
 
+def by_logprobs(
+    name: str, tokens: list[list[int]], logprobs: list[list[Mapping[int, float]]]
+) -> Said:
+    """Return what a server says; differences of logprobs are those of logits."""
+    assert {len(found) for found in (*tokens, *logprobs)} == {TOKENS}
+
+    def gap(prompt: int, step: int, one: int, other: int) -> float:
+        near = logprobs[prompt][step]
+        if one not in near or other not in near:
+            return float("inf")
+        return abs(near[one] - near[other])
+
+    return Said(name, tokens, gap)
+
+
 def by_vllm(
     engine: Callable[..., Any], name: str, folder: Path, dtype: str, prompts: list[list[int]]
 ) -> Said:
-    """Return what vLLM says; differences of logprobs are those of logits."""
+    """Return what vLLM says in this process."""
     method = None if name == "dense" else f"qplug-{name}"
     with engine(folder, quantization=method, dtype=dtype) as found:
-        answers = found.answers(prompts, TOKENS, logprobs=20)
-
-    def gap(prompt: int, step: int, one: int, other: int) -> float:
-        near = answers[prompt].logprobs[step]
-        if one not in near or other not in near:
-            return float("inf")
-        return abs(near[one].logprob - near[other].logprob)
-
-    return Said(f"{name} by vLLM", [list(a.token_ids) for a in answers], gap)
+        answers = found.answers(prompts, TOKENS, logprobs=NEAR)
+    return by_logprobs(
+        f"{name} by vLLM",
+        [list(a.token_ids) for a in answers],
+        [[{t: one.logprob for t, one in step.items()} for step in a.logprobs] for a in answers],
+    )
 
 
-def differences(one: Said, other: Said) -> dict[int, tuple[int, int, int]]:
-    """Return the first difference by prompt: step and both tokens."""
+def by_http(name: str, client: Any, prompts: list[list[int]]) -> Said:
+    """Return what a server says to the `openai` client."""
+    found = client.completions.create(
+        model="m", prompt=prompts, max_tokens=TOKENS, temperature=0, logprobs=NEAR,
+        extra_body={
+            "ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True,
+        },
+    )  # fmt: skip
+    choices = sorted(found.choices, key=lambda choice: choice.index)
+    return by_logprobs(
+        f"{name} over HTTP",
+        [list(choice.token_ids) for choice in choices],
+        [
+            [
+                {int(token.removeprefix("token_id:")): value for token, value in step.items()}
+                for step in choice.logprobs.top_logprobs
+            ]
+            for choice in choices
+        ],
+    )
+
+
+Difference = tuple[int, int, int]
+"""Step and both tokens."""
+
+
+def differences(one: Said, other: Said) -> dict[int, Difference]:
+    """Return the first difference by prompt."""
     found = {}
     for prompt, (these, those) in enumerate(zip(one.tokens, other.tokens, strict=True)):
         step = next((i for i in range(TOKENS) if these[i] != those[i]), None)
@@ -131,95 +176,107 @@ def differences(one: Said, other: Said) -> dict[int, tuple[int, int, int]]:
     return found
 
 
-def check(one: Said, other: Said, largest: Any, tolerance: float, engines: Any = None) -> None:
-    """Compare two models by the rule above; `engines` are the differences that are theirs."""
-    found, unexplained = differences(one, other), []
-    mine = {prompt: at for prompt, at in found.items() if (engines or {}).get(prompt) != at}
-    for prompt, (step, this, that) in found.items():
-        allowed = 2 * tolerance * float(largest[prompt, step])
-        gaps = [said.gap(prompt, step, this, that) for said in (one, other)]
-        print(
-            f"{one.name} / {other.name}: prompt {prompt}, token {step}: {this} / {that}, logit "
-            f"gaps {gaps[0]:.2g} / {gaps[1]:.2g}, allowed {allowed:.2g}"
-            + ("" if prompt in mine else " (the dequantized model differs alike)")
+class Models:
+    """What each model says, asked once, and how two of them compare."""
+
+    def __init__(
+        self,
+        engine: Callable[..., Any],
+        folders: Mapping[str, Path],
+        prompts: list[list[int]],
+        report: Callable[[str], None],
+    ) -> None:
+        self.engine, self.folders, self.prompts, self.report = engine, folders, prompts, report
+        self._loaded: dict[tuple[str, str], tuple[Said, Any]] = {}
+        self._served: dict[tuple[str, str], Said] = {}
+
+    def loaded(self, name: str, dtype: str) -> Said:
+        """Return what Transformers says."""
+        if (name, dtype) not in self._loaded:
+            found = by_transformers(name, self.folders[name], dtype, self.prompts)
+            assert len({tuple(tokens) for tokens in found[0].tokens}) == len(self.prompts)
+            self._loaded[name, dtype] = found
+        return self._loaded[name, dtype][0]
+
+    def served(self, name: str, dtype: str) -> Said:
+        """Return what vLLM says."""
+        if (name, dtype) not in self._served:
+            folder = self.folders[name]
+            self._served[name, dtype] = by_vllm(self.engine, name, folder, dtype, self.prompts)
+        return self._served[name, dtype]
+
+    def engines(self, dtype: str) -> dict[int, Difference]:
+        """Return where the two engines differ without any quantization."""
+        return differences(self.served("dense", dtype), self.loaded("dense", dtype))
+
+    def check(self, one: Said, other: Said, dtype: str, two_engines: bool = False) -> None:
+        """Compare two models by the rule above; `one` by vLLM where there are two engines."""
+        self.loaded("dense", dtype)
+        largest = self._loaded["dense", dtype][1]
+        theirs = self.engines(dtype) if two_engines else {}
+        found, far = differences(one, other), []
+        own = {prompt for prompt, at in found.items() if theirs.get(prompt) != at}
+        names = f"{dtype}, {one.name} / {other.name}"
+        self.report(
+            f"{names}: {len(found)} of {len(self.prompts)} prompts differ"
+            + (f", {len(found) - len(own)} also in the unquantized model" if two_engines else "")
         )
-        if prompt in mine and max(gaps) > allowed:
-            unexplained.append(prompt)
-    assert not unexplained, f"{one.name} and {other.name} differ by more than ties"
-    assert len(mine) <= 1, f"{one.name} and {other.name} differ in {len(mine)} prompts"
+        for prompt, (step, this, that) in found.items():
+            allowed = 2 * TOLERANCE[dtype] * float(largest[prompt, step])
+            gaps = [said.gap(prompt, step, this, that) for said in (one, other)]
+            self.report(
+                f"  prompt {prompt}, token {step}: {this} / {that}, logit gaps {gaps[0]:.2g} / "
+                f"{gaps[1]:.2g}, allowed {allowed:.2g}"
+                + ("" if prompt in own else " (also in the unquantized model)")
+            )
+            if prompt in own and max(gaps) > allowed:
+                far.append(prompt)
+        assert not far, f"{names}: prompts {far} differ by more than ties"
+        assert len(own) <= MOST, f"{names}: {len(own)} prompts differ, {MOST} may"
 
 
-@dataclass
-class Dense:
-    """What the dequantized model says in both engines."""
-
-    dtype: str
-    served: Said
-    loaded: Said
-    largest: Any
-
-    @property
-    def engines(self) -> dict[int, tuple[int, int, int]]:
-        """Where the engines differ without any quantization."""
-        return differences(self.served, self.loaded)
-
-
-@pytest.fixture(scope="module", params=list(TOLERANCE))
-def dense(
-    request: Any, engine: Callable[..., Any], smollm2: dict[str, Path], prompts: list[list[int]]
-) -> Dense:
-    folder = smollm2["dense"]
-    loaded, largest = by_transformers("dense", folder, request.param, prompts)
-    served = by_vllm(engine, "dense", folder, request.param, prompts)
-    assert len({tuple(tokens) for tokens in loaded.tokens}) == len(prompts)
-    return Dense(request.param, served, loaded, largest)
+@pytest.fixture(scope="module")
+def models(
+    engine: Callable[..., Any],
+    smollm2: dict[str, Path],
+    prompts: list[list[int]],
+    report: Callable[[str], None],
+) -> Models:
+    return Models(engine, smollm2, prompts, report)
 
 
 @pytest.mark.parametrize("layout", ["awq", "gptq"])
-def test_all_agree(
-    layout: str,
-    engine: Callable[..., Any],
-    smollm2: dict[str, Path],
-    prompts: list[list[int]],
-    dense: Dense,
-) -> None:
-    tolerance, largest = TOLERANCE[dense.dtype], dense.largest
-    loaded, _ = by_transformers(layout, smollm2[layout], dense.dtype, prompts)
-    served = by_vllm(engine, layout, smollm2[layout], dense.dtype, prompts)
-    check(served, dense.served, largest, tolerance)
-    check(loaded, dense.loaded, largest, tolerance)
-    check(served, loaded, largest, tolerance, dense.engines)
-    if dense.dtype == "float32":
-        assert not dense.engines
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_all_agree(dtype: str, layout: str, models: Models) -> None:
+    served, loaded = models.served(layout, dtype), models.loaded(layout, dtype)
+    models.check(served, models.served("dense", dtype), dtype)
+    models.check(loaded, models.loaded("dense", dtype), dtype)
+    models.check(served, loaded, dtype, two_engines=True)
+    if dtype == "float32":
+        assert not models.engines(dtype)
 
 
+@pytest.mark.parametrize("layout", ["awq", "gptq"])
 def test_over_http(
-    engine: Callable[..., Any],
-    smollm2: dict[str, Path],
-    prompts: list[list[int]],
-    tmp_path: Path,
+    layout: str, models: Models, needs: Callable[[str], Any], tmp_path: Path
 ) -> None:
     """The documented command, real processes, the `openai` client."""
-    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    openai = needs("openai")
     if not [point for point in entry_points(group="vllm.general_plugins") if point.name == "qplug"]:
         pytest.skip("qplug is not installed, so vLLM's processes cannot find it")
-    inside = by_vllm(engine, "awq", smollm2["awq"], "float16", prompts)
-    options = ["--quantization", "qplug-awq", "--dtype", "float16"]
-    with server(smollm2["awq"], options, tmp_path / "log") as url:
+    options = ["--quantization", f"qplug-{layout}", "--dtype", "float16"]
+    with server(models.folders[layout], options, tmp_path / "log") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
-        found = client.completions.create(
-            model="m", prompt=prompts, max_tokens=TOKENS, temperature=0,
-            extra_body={"ignore_eos": True, "return_token_ids": True},
-        )  # fmt: skip
-        tokens = [list(choice.token_ids) for choice in found.choices]
-        largest = torch.full((len(prompts), TOKENS), 30.0)
-        check(Said("awq over HTTP", tokens, inside.gap), inside, largest, TOLERANCE["float16"])
+        found = by_http(layout, client, models.prompts)
         question = {"role": "user", "content": "What is the capital of France?"}
         pieces = client.chat.completions.create(
             model="m", messages=[question], max_tokens=16, temperature=0, stream=True
         )
         answer = "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
-        assert "Paris" in answer
+    assert "Paris" in answer
+    models.check(found, models.served(layout, "float16"), "float16")
+    models.check(found, models.served("dense", "float16"), "float16")
+    models.check(found, models.loaded(layout, "float16"), "float16", two_engines=True)
 
 
 @contextmanager

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from builders import Command, Ran
+from hypothesis import settings
+
+settings.register_profile("fixed", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from importlib import metadata
@@ -90,8 +91,9 @@ def test_vllm_is_an_extra_and_never_required() -> None:
     assert all("extra ==" in line for line in vllm)
 
 
-def test_wheel_holds_the_three_packages(tmp_path: Path) -> None:
-    """Build from a copy of the sources, so that the tree is left as it is."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build from a copy of the sources, which lies beside it, so that the tree is left as it is."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "--", "qplug", "converters", "kernels"],
         cwd=ROOT,
@@ -101,20 +103,26 @@ def test_wheel_holds_the_three_packages(tmp_path: Path) -> None:
     )
     if listed.returncode != 0:
         pytest.skip("not a git checkout: the sources cannot be told from build products")
-    source = tmp_path / "source"
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     for name in [*listed.stdout.splitlines(), "pyproject.toml", "README.md", "LICENSE"]:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run(
-        [*pip, "--wheel-dir", str(tmp_path), str(source)],
-        cwd=tmp_path,
+        [*pip, "--wheel-dir", str(folder), str(source)],
+        cwd=folder,
         check=True,
         capture_output=True,
         timeout=120,
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_wheel_holds_the_three_packages(wheel: Path) -> None:
+    source = wheel.parent / "source"
     assert wheel.name == f"qplug-{PROJECT['version']}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
@@ -127,3 +135,51 @@ def test_wheel_holds_the_three_packages(tmp_path: Path) -> None:
         sources = (source / folder / package).rglob("*.py")
         expected = {str(f.relative_to(source / folder)) for f in sources}
         assert expected == {n for n in names if n.startswith(f"{package}/") and n.endswith(".py")}
+
+
+IMPORTED = """
+import sys
+import qplug, qplug_converters, qplug_kernels
+for package in (qplug, qplug_converters, qplug_kernels):
+    print(package.__file__)
+print(*sys.path, sep="\\n")
+"""
+
+
+def test_an_installed_wheel_starts(wheel: Path, tmp_path: Path) -> None:
+    """Installed elsewhere, with the checkout out of reach.
+
+    `-S` leaves `.pth` files alone, and with them the finder of an editable installation; what
+    qplug depends on is found through PYTHONPATH.
+    """
+    target = tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run(
+        [*pip, "--target", str(target), str(wheel)],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    libraries = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    search = os.pathsep.join([str(target), *libraries])
+
+    def run(*arguments: object) -> str:
+        done = subprocess.run(
+            [sys.executable, "-S", "-P", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": search},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    lines = [Path(line) for line in run("-c", IMPORTED).splitlines()]
+    packages = ("qplug", "qplug_converters", "qplug_kernels")
+    assert lines[:3] == [target / package / "__init__.py" for package in packages]
+    assert not {ROOT, ROOT / "converters", ROOT / "kernels"} & set(lines[3:])
+    assert run(target / "bin" / "qplug", "--version").split()[-1] == PROJECT["version"]
+    assert "gptq" in run(target / "bin" / "qplug", "formats")

@@ -1,6 +1,5 @@
 """Broken checkpoints: one error that names the tensor, before any module is replaced."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -164,37 +163,17 @@ def test_a_state_dict_is_refused(golden, load):
 
 @pytest.fixture
 def canonical(golden, tmp_path):
-    """Return a golden checkpoint in qplug's own form: its config and the names of its shards."""
-    from safetensors.torch import save_file
-
-    from qplug_converters import codec, formats
+    """Return a golden checkpoint in qplug's own form, as a conversion writes it."""
+    from qplug_converters import formats
     from qplug_converters.checkpoint import open_checkpoint
-    from qplug_converters.scheme import ModelScheme
+    from qplug_converters.execute import execute
+    from qplug_converters.plan import make_plan
+    from qplug_converters.survey import survey
 
     checkpoint = open_checkpoint(golden / GPTQ)
-    known, model = checkpoint.scheme()
-    target = formats.find("canonical")
-    tensors = {n: checkpoint.tensor(n).clone() for n in checkpoint.headers if "proj" not in n}
-    linears = {}
-    for module, scheme in model.linears.items():
-        layout = known.layout(scheme)
-        stored = {part.name: checkpoint.tensor(f"{module}.{part.name}") for part in layout}
-        weight = codec.decode(layout, scheme, stored)
-        linears[module] = target.adopt(scheme)
-        for name, tensor in codec.encode(target.layout(linears[module]), weight).items():
-            tensors[f"{module}.{name}"] = tensor
-    written = target.write(ModelScheme("canonical", linears, model.dense))
-    folder = tmp_path / "canonical"
-    folder.mkdir()
-    shard = f"{target.shard_stem}-00001-of-00001.safetensors"
-    save_file(tensors, folder / shard, {"format": "pt"})
-    weight_map = dict.fromkeys(tensors, shard)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / f"{target.shard_stem}.safetensors.index.json").write_text(json.dumps(index))
-    config = json.loads((golden / GPTQ / "config.json").read_text())
-    config["quantization_config"] = written.block
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    found, model = checkpoint.scheme()
+    plan = make_plan(found, survey(checkpoint, found, model), formats.find("canonical"))
+    return execute(plan, checkpoint, tmp_path / "canonical")
 
 
 def test_canonical_is_refused_with_the_way_out(canonical, load):
@@ -223,8 +202,7 @@ def test_canonical_stops_transformers_without_qplug(canonical):
 
 def test_renamed_canonical_shards_are_refused_too(canonical, load):
     """With the names Transformers looks for, only the registered `quant_method` is in the way."""
-    shard = next(canonical.glob("*.safetensors"))
+    (shard,) = canonical.glob("*.safetensors")
     shutil.move(shard, canonical / "model.safetensors")
-    (canonical / "qplug.safetensors.index.json").unlink()
     with pytest.raises(QplugError, match="canonical"):
         load(canonical)

@@ -27,6 +27,13 @@ CASES = {
 }
 STOCK = ("awq-g64", "gptq-sym-g64")
 """What stock vLLM serves on a CPU and these tests have time for."""
+WRITTEN = {
+    "awq quantized": (["quantize", "--to", "awq", "--asym"],),
+    "awq converted": (["quantize", "--to", "gptq", "--asym"], ["convert", "--to", "awq"]),
+    "gptq quantized": (["quantize", "--to", "gptq", "--sym"],),
+    "gptq converted": (["quantize", "--to", "awq", "--sym"], ["convert", "--to", "gptq"]),
+}
+"""What the `qplug` command writes: format, and the commands that lead there."""
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,37 @@ def test_same_tokens_as_the_dequantized_model(
     if name in STOCK:
         with engine(folder) as stock:
             assert stock.tokens() == expected
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_stock_vllm_serves_what_qplug_writes(
+    name: str, engine: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = Tiny("dense").write(tmp_path / "0")
+    for at, (verb, *options) in enumerate(WRITTEN[name], 1):
+        if verb == "quantize":
+            options += ["--bits", "4", "--group-size", "64"]
+        folder = command(verb, folder, tmp_path / str(at), *options)
+    dense = command("convert", folder, tmp_path / "d", "--to", "dense", "--dtype", "float32")
+    with engine(folder, quantization=METHOD[name.split()[0]]) as ours:
+        expected = ours.tokens()
+    with engine(folder) as stock:
+        assert stock.tokens() == expected
+        assert "Qplug" not in stock.ask(
+            lambda m: type(m.model.layers[0].mlp.down_proj.quant_method).__name__
+        )
+    with engine(dense) as twin:
+        assert twin.tokens() == expected
+
+
+def command(verb: str, source: Path, target: Path, *options: str) -> Path:
+    """Run the command line in this process; return the folder it wrote."""
+    from qplug.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([verb, str(source), str(target), *options])
+    assert ended.value.code == 0
+    return target
 
 
 def test_float32(engine: Callable[..., Any], tmp_path: Path) -> None:

@@ -100,6 +100,12 @@ def replaced(name: str, tensor: torch.Tensor) -> Callable[[dict[str, Any]], None
     return lambda tensors: tensors.update({name: tensor})
 
 
+def with_zeros(method: str, word: int) -> Any:
+    """Return a linear whose words of zeros are all `word`."""
+    parts = linear(method)
+    return parts | {"qzeros": torch.full_like(parts["qzeros"], word)}
+
+
 Q = QKV[0]
 SHUFFLED = (torch.arange(64).flip(0) // 32).to(torch.int32)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -142,6 +148,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"edit": replaced(f"{Q}.bias", torch.ones(32).half())},
         rf"{QKV[3]}\.bias: found no such tensor",
     ),
+    "symmetric v1 zeros under gptq_v2": (
+        {
+            "block": GPTQ | {"sym": True, "checkpoint_format": "gptq_v2"},
+            "modules": {name: with_zeros("gptq", 0x77777777) for name in QKV},
+        },
+        r"_proj\.qzeros: found the zeros of a symmetric v1 file, expected those of .*'gptq_v2'",
+    ),
     "planar": ({"block": GPTQ | {"checkpoint_format": "gptq_p"}}, "gptq_p"),
     "numbers as strings": ({"block": GPTQ | {"bits": "4"}}, "bits: found '4'"),
     "gemv": ({"block": AWQ | {"version": "gemv"}}, "version: found 'gemv'"),
@@ -169,6 +182,17 @@ def test_hf_overrides_replace_the_block(tmp_path: Path) -> None:
     config = GPTQConfig.from_config(GPTQ | {"checkpoint_format": "gptq_v2"})
     config.maybe_update_config(str(tmp_path))
     assert config.format.name == "gptq_v2"
+
+
+def test_symmetric_zeros_under_their_own_label(tmp_path: Path) -> None:
+    """The counterpart of the refusal: the same words labelled v1, and v2's words labelled v2."""
+    for label, word in (("gptq", 0x77777777), ("gptq_v2", -0x77777778)):
+        folder = tmp_path / label
+        folder.mkdir()
+        block = GPTQ | {"sym": True, "checkpoint_format": label}
+        config = read(folder, block, {name: with_zeros("gptq", word) for name in QKV})
+        assert config.format.name == label
+        assert all(scheme.symmetric for _, scheme in config.linears.values())
 
 
 def test_a_model_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
