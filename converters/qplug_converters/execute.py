@@ -6,9 +6,7 @@ are written last; the folder gets its name when everything is on the disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,14 @@ from .layout import Holds, Layout, Part, TensorSpec
 from .plan import Plan, Step
 from .scheme import Scheme
 from .shards import read_json
+from .threads import workers
 from .version import __version__
 from .weight import QuantizedWeight
 from .writer import MAX_SHARD, Writer
 
 BLOCK = 1 << 24
-"""Codes decoded at a time by one thread: at most 8 bytes a code with everything derived."""
-
-MOST_THREADS = 6
-"""With `BLOCK` this keeps a conversion under 1 GiB on any machine; a disk is busy before that."""
+"""Codes decoded at a time by one thread: at most 8 bytes a code with everything derived, so that
+`threads.MOST_WORKERS` stay under 1 GiB."""
 
 CERTIFICATE = "qplug-certificate.json"
 
@@ -215,22 +212,6 @@ def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _pool() -> Iterator[ThreadPoolExecutor]:
-    """Give as many threads as torch has, up to a bound, each with one thread of torch's own.
-
-    A linear to a thread beats all threads on one linear: small linears are mostly Python.
-    """
-    threads = torch.get_num_threads()
-    workers = min(threads, MOST_THREADS)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # torch also keeps the number for threads yet to start
-
-
 def execute(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -274,7 +255,7 @@ def execute(
             progress(done, total, what)
 
     with Writer(target, specs, plan.target.shard_stem, max_shard) as writer:
-        with _pool() as pool:
+        with workers() as pool:
             sizes = pool.map(lambda s: _convert(plan, checkpoint, writer, s, read), plan.steps)
             for step, size in zip(plan.steps, sizes, strict=True):
                 advance(size, step.module)

@@ -11,6 +11,7 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
@@ -53,6 +54,32 @@ def alone() -> Iterator[None]:
         yield
     finally:
         set_number(before)
+
+
+MOST_WORKERS = 6
+"""Bounds the memory of what runs on `workers` on any machine; a disk is busy before that."""
+
+
+def _stay_alone() -> None:
+    """Turn torch's threads off in the calling thread for good: how a worker begins."""
+    torch.get_num_threads()  # takes the process's number over now, not later
+    _setter()(1)
+
+
+@contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    """Give as many threads as torch has, up to a bound, each with torch's own threads off.
+
+    A linear to a thread beats all threads on one linear: small linears are mostly Python.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(threads, MOST_WORKERS), initializer=_stay_alone)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if torch.get_num_threads() != threads:  # a torch whose number is the process's
+            torch.set_num_threads(threads)
 
 
 def share(

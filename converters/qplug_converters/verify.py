@@ -24,6 +24,7 @@ from .layout import Layout
 from .plan import Verdict
 from .scheme import ModelScheme, Scheme
 from .survey import survey
+from .threads import workers
 from .weight import QuantizedWeight
 
 Progress = Callable[[int, int, str], None]
@@ -126,14 +127,17 @@ def verify(
     reports: list[LinearReport] = []
     weights = done = 0
     total = sum(_numel(a, b, m) for m in modules)
-    for module in modules:
-        report = _compare(a, b, module, problems)
-        if report is not None:
-            reports.append(report)
-            weights += _numel(a, b, module)
-        done += _numel(a, b, module)
-        if progress is not None:
-            progress(done, total, module)
+    with workers() as pool:
+        found = pool.map(lambda module: _compare(a, b, module), modules)
+        for module, report in zip(modules, found, strict=True):
+            if isinstance(report, str):
+                problems.append(f"{module}: {report}")
+            else:
+                reports.append(report)
+                weights += _numel(a, b, module)
+            done += _numel(a, b, module)
+            if progress is not None:
+                progress(done, total, module)
     one, two = a.rest(set(modules)), b.rest(set(modules))
     problems += [f"{name}: only in the first" for name in one if name not in two]
     problems += [f"{name}: only in the second" for name in two if name not in one]
@@ -204,8 +208,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _compare(a: Side, b: Side, module: str, problems: list[str]) -> LinearReport | None:
-    """Compare one linear, whatever the layouts."""
+def _compare(a: Side, b: Side, module: str) -> LinearReport | str:
+    """Compare one linear, whatever the layouts; return why it cannot be, as a string."""
     shapes = []
     for side in (a, b):
         scheme = side.scheme(module)
@@ -215,11 +219,9 @@ def _compare(a: Side, b: Side, module: str, problems: list[str]) -> LinearReport
         elif spec is not None and len(spec.shape) == 2:
             shapes.append((spec.shape[0], spec.shape[1]))
         else:
-            problems.append(f"{module}: no weight in {side.checkpoint.folder.name}")
-            return None
+            return f"no weight in {side.checkpoint.folder.name}"
     if shapes[0] != shapes[1]:
-        problems.append(f"{module}: [out, in] is {shapes[0]} and {shapes[1]}")
-        return None
+        return f"[out, in] is {shapes[0]} and {shapes[1]}"
     scheme = a.scheme(module) or b.scheme(module)
     assert scheme is not None
     layouts = [side.layouts[module] for side in (a, b) if module in side.layouts]
