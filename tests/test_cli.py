@@ -518,7 +518,7 @@ def slow(self):
     discard(self)
 if where == "convert":
     writer.Writer._discard = slow
-    execute._pool = __import__("contextlib").contextmanager(lambda: (yield Inline()))
+    execute.workers = __import__("contextlib").contextmanager(lambda: (yield Inline()))
 class Inline:
     def map(self, function, items):
         return (function(item) for item in items)

@@ -198,9 +198,12 @@ def test_source_that_becomes_shorter(tmp_path: Path) -> None:
 
 CHILD = textwrap.dedent(
     """
-    import sys, time
+    import signal, sys, time
     from qplug_converters import execute, writer
     import qplug.cli
+
+    # A test run started in the background has SIGINT ignored, and hands that down.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def pause(self, *ignored):
         # In the middle: some tensors are written, others are not.
