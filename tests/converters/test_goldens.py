@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+import laws
 import pytest
 import torch
 from safetensors import safe_open
@@ -33,12 +34,6 @@ READ = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and p.name not in R
 ACT_ORDER = "gptq-4b-sym-g64-actorder"
 
 
-def surveyed(folder: Path) -> tuple:
-    checkpoint = open_checkpoint(folder)
-    found, model = checkpoint.scheme()
-    return checkpoint, found, survey(checkpoint, found, model)
-
-
 def test_the_goldens_are_here() -> None:
     assert len(READ) == 18
     assert all(p.stat().st_size < 1 << 20 for p in GOLDEN.rglob("*"))
@@ -46,7 +41,7 @@ def test_the_goldens_are_here() -> None:
 
 @pytest.mark.parametrize("name", READ)
 def test_weights_are_those_of_the_tool(name: str) -> None:
-    checkpoint, found, model = surveyed(GOLDEN / name)
+    checkpoint, found, model = laws.surveyed(GOLDEN / name)
     with safe_open(GOLDEN / name / "reference.safetensors", "pt") as reference:
         assert {f"{m}.weight" for m in model.linears} == set(reference.keys())
         for module, scheme in model.linears.items():
@@ -70,7 +65,7 @@ def test_other_layouts_are_refused(name: str) -> None:
 @pytest.mark.parametrize("target", [f.name for f in formats.FORMATS])
 @pytest.mark.parametrize("name", READ)
 def test_every_exact_pair_there_and_back(name: str, target: str, tmp_path: Path) -> None:
-    checkpoint, found, model = surveyed(GOLDEN / name)
+    checkpoint, found, model = laws.surveyed(GOLDEN / name)
     to = formats.find(target)
     plan = make_plan(found, model, to)
     if plan.verdict > Verdict.EXACT:
@@ -88,7 +83,7 @@ def test_every_exact_pair_there_and_back(name: str, target: str, tmp_path: Path)
         assert there.config == checkpoint.config
     if to.read is None:
         return
-    there, to, again = surveyed(tmp_path / "there")
+    there, to, again = laws.surveyed(tmp_path / "there")
     assert again.notes == () or plan.copied_whole, again.notes
     back = make_plan(to, again, found)
     if back.verdict <= Verdict.EXACT:
@@ -109,14 +104,14 @@ def test_every_exact_pair_there_and_back(name: str, target: str, tmp_path: Path)
     ],
 )
 def test_verdicts_to_awq(name: str, verdict: Verdict, words: str) -> None:
-    _, found, model = surveyed(GOLDEN / name)
+    _, found, model = laws.surveyed(GOLDEN / name)
     plan = make_plan(found, model, formats.find("awq-layout"))
     assert plan.verdict is verdict
     assert words in plan.steps[0].reason
 
 
 def test_requantizing_is_refused_and_not_built() -> None:
-    _, found, model = surveyed(GOLDEN / ACT_ORDER)
+    _, found, model = laws.surveyed(GOLDEN / ACT_ORDER)
     plan = make_plan(found, model, formats.find("awq"))
     with pytest.raises(Refused) as caught:
         plan.refuse_above(Verdict.ROUNDED)
@@ -140,11 +135,11 @@ def test_requantizing_is_refused_and_not_built() -> None:
     ],
 )
 def test_exact_moves(name: str, target: str, wishes: Wishes, tmp_path: Path) -> None:
-    checkpoint, found, model = surveyed(GOLDEN / name)
+    checkpoint, found, model = laws.surveyed(GOLDEN / name)
     plan = make_plan(found, model, formats.find(target), wishes)
     assert plan.verdict is Verdict.EXACT, plan.steps[0]
     execute(plan, checkpoint, tmp_path / "c")
-    _, _, again = surveyed(tmp_path / "c")
+    _, _, again = laws.surveyed(tmp_path / "c")
     assert again.notes == ()
     for scheme in again.linears.values():
         if wishes.bits is not None:
@@ -168,7 +163,9 @@ def flagged(source: str, folder: Path, **changes: object) -> Path:
 
 
 def test_a_desc_act_flag_with_trivial_g_idx_is_no_act_order(tmp_path: Path) -> None:
-    checkpoint, found, model = surveyed(flagged("gptq-4b-sym-g32", tmp_path / "c", desc_act=True))
+    checkpoint, found, model = laws.surveyed(
+        flagged("gptq-4b-sym-g32", tmp_path / "c", desc_act=True)
+    )
     assert not any(scheme.act_order for scheme in model.linears.values())
     assert "desc_act is true but g_idx is in order" in model.notes[0]
     plan = make_plan(found, model, formats.find("awq"))
@@ -178,14 +175,14 @@ def test_a_desc_act_flag_with_trivial_g_idx_is_no_act_order(tmp_path: Path) -> N
 
 
 def test_a_g_idx_that_contradicts_the_flag_is_reported(tmp_path: Path) -> None:
-    _, _, model = surveyed(flagged(ACT_ORDER, tmp_path / "c", desc_act=False))
+    _, _, model = laws.surveyed(flagged(ACT_ORDER, tmp_path / "c", desc_act=False))
     assert all(scheme.act_order for scheme in model.linears.values())
     assert "desc_act is false but g_idx is not in order" in model.notes[0]
 
 
 def test_zero_rules(tmp_path: Path) -> None:
     """The producer decides; another rule gives other weights and is in the certificate."""
-    checkpoint, found, model = surveyed(GOLDEN / "gptq-4b-asym-g64")
+    checkpoint, found, model = laws.surveyed(GOLDEN / "gptq-4b-asym-g64")
     assert {s.zero_rule for s in model.linears.values()} == {"word"}
     assert any("read by rule `word`" in note for note in model.notes)
     _, forced = checkpoint.scheme(zero_rule="field")
@@ -203,7 +200,7 @@ def test_a_symmetric_file_under_the_wrong_producer_is_read_by_the_rule_that_fits
 ) -> None:
     """An old 3-bit file whose `meta` was lost decodes to midpoints only by `legacy3`."""
     folder = flagged("gptq-3b-sym-g128-by-5.8.0", tmp_path / "c", meta={})
-    _, _, model = surveyed(folder)
+    _, _, model = laws.surveyed(folder)
     assert {s.zero_rule for s in model.linears.values()} == {"legacy3"}
     assert any("midpoints by rule `legacy3`" in note for note in model.notes)
 
@@ -213,11 +210,11 @@ def test_a_symmetric_file_labelled_with_the_other_version_is_refused(tmp_path: P
         "gptq-4b-sym-g32", tmp_path / "c", checkpoint_format="gptq_v2", format="gptq_v2"
     )
     with pytest.raises(QplugError, match="zeros of a symmetric v1 file"):
-        surveyed(folder)
+        laws.surveyed(folder)
 
 
 def test_awq_config_is_what_readers_take(tmp_path: Path) -> None:
-    checkpoint, found, model = surveyed(GOLDEN / "gptq-4b-sym-g128")
+    checkpoint, found, model = laws.surveyed(GOLDEN / "gptq-4b-sym-g128")
     execute(make_plan(found, model, formats.find("awq")), checkpoint, tmp_path / "c")
     block = open_checkpoint(tmp_path / "c").block
     assert block == {
@@ -231,7 +228,7 @@ def test_awq_config_is_what_readers_take(tmp_path: Path) -> None:
 
 
 def test_a_router_is_not_listed_where_it_would_unquantize_a_projection(tmp_path: Path) -> None:
-    checkpoint, found, model = surveyed(GOLDEN / "gptq-moe-mixtral-4b-g64")
+    checkpoint, found, model = laws.surveyed(GOLDEN / "gptq-moe-mixtral-4b-g64")
     assert "model.layers.0.mlp.gate" in model.dense
     execute(make_plan(found, model, formats.find("awq")), checkpoint, tmp_path / "c")
     block = open_checkpoint(tmp_path / "c").block

@@ -12,14 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qplug_converters.checkpoint import Checkpoint, open_checkpoint
+from qplug_converters.checkpoint import open_checkpoint
 from qplug_converters.errors import QplugError
 from qplug_converters.execute import execute
 from qplug_converters.format import Format
 from qplug_converters.formats import FORMATS
 from qplug_converters.plan import Verdict, Wishes, make_plan
-from qplug_converters.scheme import ModelScheme
-from qplug_converters.survey import survey
 from qplug_converters.verify import verify
 
 STORED = [f for f in FORMATS if f.capacity is not None]
@@ -73,12 +71,6 @@ def test_read_of_write(target: Format, data: st.DataObject, seed: int) -> None:
         assert verify(checkpoint, open_checkpoint(Path(tmp, "c"))).same
 
 
-def surveyed(folder: Path) -> tuple[Checkpoint, Format, ModelScheme]:
-    checkpoint = open_checkpoint(folder)
-    found, model = checkpoint.scheme()
-    return checkpoint, found, survey(checkpoint, found, model)
-
-
 @pytest.mark.parametrize("source", STORED, ids=lambda f: f.name)
 @pytest.mark.parametrize("target", FORMATS, ids=lambda f: f.name)
 @settings(max_examples=10, deadline=None)
@@ -89,7 +81,7 @@ def test_what_both_can_hold_goes_there_and_back(
     """A scheme inside both capacities is COPIED or EXACT, there and back again."""
     with TemporaryDirectory() as tmp:
         drawn_checkpoint(data, source, seed, Path(tmp, "a"), target)
-        checkpoint, found, model = surveyed(Path(tmp, "a"))
+        checkpoint, found, model = laws.surveyed(Path(tmp, "a"))
         plan = make_plan(found, model, target)
         assert plan.verdict is (Verdict.COPIED if source is target else Verdict.EXACT)
         execute(plan, checkpoint, Path(tmp, "b"))
@@ -97,7 +89,7 @@ def test_what_both_can_hold_goes_there_and_back(
         assert proof.same, proof
         if target.read is None:
             return
-        there, found, model = surveyed(Path(tmp, "b"))
+        there, found, model = laws.surveyed(Path(tmp, "b"))
         back = make_plan(found, model, source)
         assert back.verdict <= Verdict.EXACT
         execute(back, there, Path(tmp, "c"))
@@ -129,7 +121,7 @@ def test_a_plan_keeps_its_promise(
     """Whatever is asked: what is promised is proven, and what is refused has its reason."""
     with TemporaryDirectory() as tmp:
         drawn_checkpoint(data, source, seed, Path(tmp, "a"))
-        checkpoint, found, model = surveyed(Path(tmp, "a"))
+        checkpoint, found, model = laws.surveyed(Path(tmp, "a"))
         plan = make_plan(found, model, target, data.draw(wishes(target)))
         OUTCOMES[plan.verdict] += 1
         if plan.verdict > Verdict.ROUNDED:

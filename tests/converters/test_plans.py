@@ -15,9 +15,8 @@ from qplug_converters import formats
 from qplug_converters.checkpoint import Checkpoint, open_checkpoint
 from qplug_converters.errors import QplugError, Refused
 from qplug_converters.execute import execute
-from qplug_converters.format import Format
 from qplug_converters.plan import Verdict, Wishes, make_plan
-from qplug_converters.scheme import ModelScheme, Scheme
+from qplug_converters.scheme import Scheme
 from qplug_converters.survey import survey
 from qplug_converters.verify import verify
 from qplug_converters.weight import AffineGrid
@@ -26,14 +25,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 UP, DOWN = laws.MODULES
 
 
-def surveyed(folder: Path) -> tuple[Checkpoint, Format, ModelScheme]:
-    checkpoint = open_checkpoint(folder)
-    found, model = checkpoint.scheme()
-    return checkpoint, found, survey(checkpoint, found, model)
-
-
 def convert(source: Path, target: Path, to: str, wishes: Wishes | None = None) -> Verdict:
-    checkpoint, found, model = surveyed(source)
+    checkpoint, found, model = laws.surveyed(source)
     plan = make_plan(found, model, formats.find(to), wishes)
     execute(plan, checkpoint, target)
     return plan.verdict
@@ -58,7 +51,7 @@ def test_awq_of_widths_below_the_group_size(tmp_path: Path) -> None:
 
 
 def test_only_linears_that_can_be_converted_share_a_group_size() -> None:
-    _, found, model = surveyed(GOLDEN / "gptq-dynamic-mixed")
+    _, found, model = laws.surveyed(GOLDEN / "gptq-dynamic-mixed")
     plan = make_plan(found, model, formats.find("awq"))
     assert plan.verdict is Verdict.REQUANTIZED
     fine = [s for s in plan.steps if s.verdict is Verdict.EXACT]
@@ -98,7 +91,7 @@ def test_scales_that_float16_loses_are_no_rounding(lost: float, tmp_path: Path) 
     scales = torch.full((32, 2), 0.25)
     scales[3, 1] = lost
     with_scales(tmp_path / "a", scales)
-    _, found, model = surveyed(tmp_path / "a")
+    _, found, model = laws.surveyed(tmp_path / "a")
     plan = make_plan(found, model, formats.find("gptq"))
     assert plan.verdict is Verdict.IMPOSSIBLE
     with pytest.raises(Refused, match="overflow F16, or become 0") as caught:
@@ -141,7 +134,7 @@ def test_a_side_file_fills_what_the_config_leaves_out(
     block = config["quantization_config"]
     config["quantization_config"] = {key: block[key] for key in left}
     (folder / "config.json").write_text(json.dumps(config))
-    _, _, model = surveyed(folder)
+    _, _, model = laws.surveyed(folder)
     assert {s.zero_rule for s in model.linears.values()} == {"word"}
     assert verify(open_checkpoint(GOLDEN / "gptq-4b-asym-g64"), open_checkpoint(folder)).same
 
@@ -182,7 +175,7 @@ def test_a_file_that_cannot_be_carried_is_met_first(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     shutil.copytree(GOLDEN / "gptq-4b-sym-g32", folder)
     (folder / "tokenizer.json").symlink_to(tmp_path / "nowhere")
-    checkpoint, found, model = surveyed(folder)
+    checkpoint, found, model = laws.surveyed(folder)
     plan = make_plan(found, model, formats.find("awq"))
     seen: list[str] = []
     with pytest.raises(QplugError):
@@ -195,7 +188,7 @@ def test_what_is_left_behind_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     shutil.copytree(GOLDEN / "gptq-4b-sym-g32", folder)
     (folder / "original").mkdir()
-    _, _, model = surveyed(folder)
+    _, _, model = laws.surveyed(folder)
     assert model.notes == (
         "not part of the model, and not carried along: original/, reference.safetensors",
     )
@@ -206,7 +199,7 @@ def test_a_quantized_head_of_a_tied_model_is_named(tmp_path: Path) -> None:
     scheme = gptq.adopt(Scheme(32, 64, 4, 32))
     linear = (scheme, laws.weight_of(scheme, gptq, 1))
     laws.write(tmp_path / "c", gptq, {"lm_head": linear}, config={"tie_word_embeddings": True})
-    _, _, model = surveyed(tmp_path / "c")
+    _, _, model = laws.surveyed(tmp_path / "c")
     assert any("tie_word_embeddings" in note for note in model.notes)
 
 
