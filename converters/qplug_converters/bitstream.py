@@ -6,6 +6,8 @@ torch routes of `codec` and `words` are tested against it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,20 +16,27 @@ from .layout import Packing
 Words = NDArray[np.unsignedinteger]
 Codes = NDArray[np.uint8]
 
-_UNSIGNED = {"U8": np.uint8, "I16": np.uint16, "I32": np.uint32}
+_UNSIGNED: dict[int, type[np.unsignedinteger]] = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 
 
 def as_unsigned(words: NDArray[np.generic], packing: Packing) -> Words:
     """View stored words (signed on disk) as unsigned ones of the same width."""
-    return np.ascontiguousarray(words).view(_UNSIGNED[packing.word])
+    return np.ascontiguousarray(words).view(_UNSIGNED[packing.word_bits])
 
 
 def unpack(words: NDArray[np.generic], packing: Packing, codes: int) -> Codes:
     """Read `[rows, words]` as rows of a bit stream: uint8 `[rows, codes]`.
 
     Code i of a row lies at bits [i * bits, (i + 1) * bits), lowest bit first; with an `order`,
-    field i of a word holds code `order[i]` of that word.
+    field i of a word holds code `order[i]` of that word. `per_word` and `planes` are as `Packing`
+    says.
     """
+    if packing.planes:
+        return _unpack_planes(words, packing, codes)
+    if packing.per_word:
+        each = as_unsigned(words, packing).reshape(-1, 1)
+        loose = unpack(each, replace(packing, per_word=0), packing.per_word)
+        return np.ascontiguousarray(loose.reshape(words.shape[0], -1)[:, :codes])
     rows, bits = words.shape[0], packing.bits
     octets = as_unsigned(words, packing).view(np.uint8)
     if 8 % bits == 0:  # no code crosses a byte: 20 times faster than bit by bit
@@ -51,6 +60,13 @@ def unpack(words: NDArray[np.generic], packing: Packing, codes: int) -> Codes:
 def pack(codes: NDArray[np.integer], packing: Packing) -> Words:
     """Write rows of codes as rows of words, the inverse of `unpack`; tail bits are zero."""
     rows, count = codes.shape
+    if packing.planes:
+        return _pack_planes(codes, packing)
+    if packing.per_word:
+        loose = np.zeros((rows, packing.words(count) * packing.per_word), np.uint8)
+        loose[:, :count] = codes
+        each = pack(loose.reshape(-1, packing.per_word), replace(packing, per_word=0))
+        return each.reshape(rows, -1)
     bits, words = packing.bits, packing.words(count)
     if packing.order:
         step = len(packing.order)
@@ -64,8 +80,43 @@ def pack(codes: NDArray[np.integer], packing: Packing) -> Words:
         whole = octets[:, :, 0]
         for at in range(1, step):
             whole = whole | octets[:, :, at] << np.uint8(at * bits)
-        return np.ascontiguousarray(whole).view(_UNSIGNED[packing.word])
+        return np.ascontiguousarray(whole).view(_UNSIGNED[packing.word_bits])
     wide = np.unpackbits(codes.astype(np.uint8)[:, :, None], axis=2, bitorder="little")
     stream = np.zeros((rows, words * packing.word_bits), np.uint8)
     stream[:, : codes.shape[1] * bits] = wide[:, :, :bits].reshape(rows, -1)
-    return np.packbits(stream, axis=1, bitorder="little").view(_UNSIGNED[packing.word])
+    return np.packbits(stream, axis=1, bitorder="little").view(_UNSIGNED[packing.word_bits])
+
+
+def _planes(packing: Packing) -> list[tuple[int, Packing]]:
+    """Return the lowest bit of each plane, and the packing of its 32 fields."""
+    lows = [sum(packing.planes[:n]) for n in range(len(packing.planes))]
+    return [
+        (low, replace(packing, bits=width, planes=()))
+        for low, width in zip(lows, packing.planes, strict=True)
+    ]
+
+
+def _unpack_planes(words: NDArray[np.generic], packing: Packing, codes: int) -> Codes:
+    """Read rows of 32 codes, each stored plane by plane."""
+    rows = words.shape[0]
+    raw = as_unsigned(words, packing).reshape(-1, packing.words(32))
+    found = np.zeros((len(raw), 32), np.uint8)
+    at = 0
+    for low, plane in _planes(packing):
+        count = plane.words(32)
+        found |= unpack(raw[:, at : at + count], plane, 32) << np.uint8(low)
+        at += count
+    return np.ascontiguousarray(found.reshape(rows, -1)[:, :codes])
+
+
+def _pack_planes(codes: NDArray[np.integer], packing: Packing) -> Words:
+    """Write rows of 32 codes plane by plane."""
+    rows, count = codes.shape
+    padded = np.zeros((rows, -(-count // 32) * 32), np.uint8)
+    padded[:, :count] = codes
+    units = padded.reshape(-1, 32)
+    parts = [
+        pack((units >> np.uint8(low)) & np.uint8((1 << plane.bits) - 1), plane)
+        for low, plane in _planes(packing)
+    ]
+    return np.concatenate(parts, axis=1).reshape(rows, -1)

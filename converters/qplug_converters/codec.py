@@ -8,6 +8,7 @@ must equal the literal execution bit for bit (a property test).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 import torch
@@ -16,9 +17,17 @@ from torch import Tensor
 
 from . import bitstream, tiles, words, zeros
 from .errors import QplugError
-from .layout import Holds, Layout, Part, swapped
-from .scheme import Scheme
-from .weight import AffineGrid, QuantizedWeight
+from .layout import Holds, Layout, Packing, Part, swapped
+from .scheme import Codebook, Kind, Scheme
+from .weight import (
+    AffineGrid,
+    CodebookGrid,
+    Grid,
+    NestedAbsmax,
+    OffsetGrid,
+    QuantizedWeight,
+    RowGrid,
+)
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -32,6 +41,7 @@ _ROUTES: dict[tuple[str, str], tuple[bool, bool]] = {
     ("out inp -> out inp", ""): (False, False),
     ("out inp -> out inp", "out w -> w out"): (True, False),
     ("out inp -> inp out", ""): (False, True),
+    ("out inp -> 1 (out inp)", "1 w -> w 1"): (False, False),
 }
 """Patterns of codes that the whole-word routes know: are words, are codes transposed?"""
 
@@ -39,15 +49,24 @@ _ROUTES: dict[tuple[str, str], tuple[bool, bool]] = {
 def _route(part: Part, in_features: int) -> tuple[bool, bool] | None:
     """Return how the whole-word routes run a packed part, or `None` if they do not know it.
 
-    Rows of bytes are rows of words where they end on a word.
+    Rows of other words are rows of int32 words where they end on one, and bytes in an order where
+    that is the same in each.
     """
-    if part.holds is not Holds.CODES or part.packing is None:
+    packing = part.packing
+    if part.holds is not Holds.CODES or packing is None or packing.planes or packing.per_word:
         return None
     route = _ROUTES.get((part.stream, part.stored))
-    if part.packing.word == "I32":
+    if packing.word == "I32":
         return route
-    whole = part.packing.word == "U8" and in_features * part.packing.bits % 32 == 0
+    whole = in_features * packing.bits % 32 == 0
     return route if whole and route == (False, False) else None
+
+
+def _order(packing: Packing) -> tuple[int, ...]:
+    """Return the order of codes in an int32 word made of a packing's words."""
+    step = len(packing.order)
+    times = 32 // packing.bits // step if step else 0
+    return tuple(at * step + code for at in range(times) for code in packing.order)
 
 
 def _as_int32(stored: Tensor) -> Tensor:
@@ -62,19 +81,26 @@ def _as_int32(stored: Tensor) -> Tensor:
 def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
     """Return what a stored tensor holds, on canonical axes.
 
-    Codes come as uint8 `[out, in]`, zeros as int16 `[out, groups]`, scales and weights in the
-    stored dtype, `g_idx` as int32 `[in]`.
+    Codes come as uint8 `[out, in]`, zeros as int16 `[out, groups]`, scales, offsets, absmax and
+    weights in the stored dtype, `g_idx` as int32 `[in]`.
     """
     if part.packing is None:
-        plain: Tensor = rearrange(stored, swapped(part.stream))
+        plain: Tensor = rearrange(stored, swapped(part.stream), **dict(part.lengths))
+        if part.multiple > 1:
+            plain = plain[:, : sizes["group"]]
+        if part.shift:
+            return (plain.to(torch.int16) - part.shift).to(torch.uint8)
         return plain.contiguous()
     if (route := _route(part, sizes["inp"])) is not None:
         transposed, codes_transposed = route
+        words_of = _as_int32(stored.cpu())
+        if part.packing.word != "I32":
+            words_of = words_of.reshape(sizes["out"], -1)
         return words.unpack(
-            _as_int32(stored.cpu()),
+            words_of,
             part.packing.bits,
             sizes["out"] if codes_transposed else sizes["inp"],
-            order=part.packing.order,
+            order=_order(part.packing),
             transposed=transposed,
             codes_transposed=codes_transposed,
         ).to(stored.device)
@@ -84,34 +110,58 @@ def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
 def _literal_unpack(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
     """Execute the patterns of a packed part as they are written."""
     assert part.packing is not None
-    raw = stored.cpu().numpy()
+    lengths = part.sizes_of(sizes)
+    raw = _as_words(stored, part.packing)
+    # Rows of words: all but the axis of words is known by name.
     rows = rearrange(raw, swapped(part.stored)) if part.stored else raw
-    last = part.stream.split()[-1]
+    right = part.stream.partition("->")[2]
+    last = right.split("(")[-1].rstrip(")").split() if right.endswith(")") else right.split()[-1:]
+    count = prod(lengths[name] for name in last)
     if part.holds is Holds.ZEROS:
-        found: np.ndarray = zeros.decode(rows, part.packing, sizes[last], part.rule)
+        found: np.ndarray = zeros.decode(rows, part.packing, count, part.rule)
     else:
-        found = bitstream.unpack(rows, part.packing, sizes[last])
-    return torch.from_numpy(np.ascontiguousarray(rearrange(found, swapped(part.stream))))
+        found = bitstream.unpack(rows, part.packing, count)
+    known = {name: size for name, size in lengths.items() if name != "1" and name in part.stream}
+    plain = rearrange(found, swapped(part.stream), **known)
+    if part.multiple > 1:
+        plain = plain[:, : sizes["group"]]
+    return torch.from_numpy(np.ascontiguousarray(plain))
+
+
+def _as_words(stored: Tensor, packing: Packing) -> np.ndarray:
+    """View a stored tensor, of whatever dtype, as unsigned words."""
+    width = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[packing.word_bits]
+    view = stored.cpu().contiguous().view(width).numpy()
+    unsigned: np.ndarray = view.view(view.dtype.str.replace("i", "u"))
+    return unsigned
 
 
 def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the stored tensor of a part, the inverse of `unpack_part`; written into `out`."""
+    dtype = TORCH_DTYPES[part.dtype]
+    if part.multiple > 1:
+        values = torch.nn.functional.pad(values, (0, -values.shape[1] % part.multiple))
     if part.packing is None:
-        stored = rearrange(values, part.stream).to(TORCH_DTYPES[part.dtype])
+        if part.shift:
+            values = values.to(torch.int16) + part.shift
+        stored = rearrange(values, part.stream, **dict(part.lengths)).to(dtype)
     else:
         if part.holds is Holds.CODES and (route := _route(part, values.shape[1])) is not None:
             transposed, codes_transposed = route
             direct = part.packing.word == "I32"
-            stored = words.pack(
+            packed = words.pack(
                 values.cpu(),
                 part.packing.bits,
-                order=part.packing.order,
+                order=_order(part.packing),
                 transposed=transposed,
                 codes_transposed=codes_transposed,
                 out=out if direct else None,
-            ).view(TORCH_DTYPES[part.dtype])
+            )
             if direct and out is not None:
                 return out
+            stored = packed.view(dtype)
+            if part.stored == "1 w -> w 1":
+                stored = stored.reshape(-1, 1)
         else:
             stored = _literal_pack(part, values)
     return stored.contiguous() if out is None else out.copy_(stored)
@@ -120,15 +170,14 @@ def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
 def _literal_pack(part: Part, values: Tensor) -> Tensor:
     """Execute the patterns of a packed part as they are written."""
     assert part.packing is not None
-    rows = rearrange(values.cpu().numpy(), part.stream)
+    rows = rearrange(values.cpu().numpy(), part.stream, **dict(part.lengths))
     if part.holds is Holds.ZEROS:
         found = zeros.encode(rows, part.packing, part.rule)
     else:
         found = bitstream.pack(rows, part.packing)
-    stored = rearrange(found, part.stored) if part.stored else found
-    dtype = TORCH_DTYPES[part.dtype]
-    signed = {1: np.uint8, 2: np.int16, 4: np.int32}[dtype.itemsize]
-    return torch.from_numpy(np.ascontiguousarray(stored).view(signed)).view(dtype)
+    stored = np.ascontiguousarray(rearrange(found, part.stored) if part.stored else found)
+    signed = {1: np.uint8, 2: np.int16, 4: np.int32}[stored.dtype.itemsize]
+    return torch.from_numpy(stored.view(signed)).view(TORCH_DTYPES[part.dtype])
 
 
 def translate(
@@ -161,7 +210,7 @@ def _direct(source: Part, target: Part) -> tuple[bool, tuple[int, ...]] | None:
     return None
 
 
-def check_scales(scales: Tensor) -> None:
+def check_scales(scales: Tensor, name: str = "scales") -> None:
     """Refuse scales that are not numbers: nothing dequantizes from them.
 
     Raises
@@ -173,14 +222,16 @@ def check_scales(scales: Tensor) -> None:
     if not bool(finite.all()):
         bad = int((~finite).sum())
         raise QplugError(
-            f"{bad} scales that are NaN or infinite",
-            "scales",
+            f"{bad} {name} that are NaN or infinite",
+            name,
             "finite numbers",
             "the file is damaged, or its quantizer failed: quantize the model again",
         )
 
 
-def decode(layout: Layout, scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantizedWeight:
+def decode(
+    layout: Layout, scheme: Scheme, stored: Mapping[str, Tensor], first_row: int = 0
+) -> QuantizedWeight:
     """Read the stored tensors of one linear, or of a block of its output rows.
 
     Parameters
@@ -190,23 +241,61 @@ def decode(layout: Layout, scheme: Scheme, stored: Mapping[str, Tensor]) -> Quan
     scheme
         The numbers of the linear; `out_features` is that of the block.
     stored
-        Tensors by part name, of the shapes `layout.specs(scheme.sizes)` gives.
+        Tensors by part name, of the shapes `layout.specs(scheme.sizes)` gives; what does not run
+        over output rows is whole.
+    first_row
+        Where in the linear the block begins.
 
     Raises
     ------
     QplugError
         If a scale is not finite.
     """
-    found = {
+    found: dict[Holds, Tensor] = {
         part.holds: unpack_part(part, stored[part.name], scheme.sizes)
         for part in layout
-        if part.name in stored
+        if part.name in stored and part.holds is not Holds.CONSTANT
     }
+    codes = found.pop(Holds.CODES)
+    return QuantizedWeight(codes, scheme.bits, _grid(scheme, found, first_row))
+
+
+def _grid(scheme: Scheme, found: Mapping[Holds, Tensor], first_row: int) -> Grid:
+    """Put together the grid of a scheme from what its parts hold."""
+    if scheme.codebook is not None:
+        return _codebook(scheme.codebook, scheme, found, first_row)
     scales = found[Holds.SCALES]
     check_scales(scales)
+    if scheme.kind is Kind.ROWS:
+        return RowGrid(scales.flatten())
+    if scheme.kind is Kind.OFFSET:
+        offsets = found[Holds.OFFSETS]
+        check_scales(offsets, "offsets")
+        return OffsetGrid(scales, offsets, scheme.group_size)
     g_idx = found.get(Holds.G_IDX) if scheme.act_order else None
-    grid = AffineGrid(scales, found[Holds.ZEROS], scheme.group_size, g_idx)
-    return QuantizedWeight(found[Holds.CODES], scheme.bits, grid)
+    return AffineGrid(scales, found[Holds.ZEROS], scheme.group_size, g_idx)
+
+
+def _codebook(
+    book: Codebook, scheme: Scheme, found: Mapping[Holds, Tensor], first_row: int
+) -> CodebookGrid:
+    """Put together a codebook grid; `first_row` begins a block."""
+    table = torch.frombuffer(bytearray(book.table), dtype=torch.float32)
+    absmax, nested = found[Holds.ABSMAX], None
+    if book.nesting is not None:
+        nested = NestedAbsmax(
+            absmax,
+            found[Holds.NESTED],
+            torch.frombuffer(bytearray(book.nesting.table), dtype=torch.float32),
+            book.nesting.offset,
+            book.nesting.blocksize,
+            getattr(torch, book.nesting.dtype),
+            first_row * scheme.in_features // scheme.group_size,
+        )
+        check_scales(nested.scales, "nested_absmax")
+        absmax = nested.absmax()
+    check_scales(absmax, "absmax")
+    return CodebookGrid(table, absmax, scheme.group_size, nested)
 
 
 def encode(
@@ -223,21 +312,39 @@ def encode(
     """
     stored = {}
     for part in layout:
-        if part.holds is Holds.CODES:
-            values = weight.codes
-        elif part.holds is Holds.ZEROS:
-            values = weight.grid.zeros
-        elif part.holds is Holds.SCALES:
-            values = weight.grid.scales
-        elif part.holds is Holds.G_IDX:
-            values = weight.grid.group_of_inputs(weight.in_features).to(torch.int32)
+        into = None if out is None else out[part.name]
+        if part.holds is Holds.WEIGHT:
+            stored[part.name] = dequantize_to(weight, TORCH_DTYPES[part.dtype], into)
+        elif part.holds is Holds.CONSTANT:
+            value = constant(part)
+            stored[part.name] = value if into is None else into.copy_(value)
         else:
-            stored[part.name] = dequantize_to(
-                weight, TORCH_DTYPES[part.dtype], None if out is None else out[part.name]
-            )
-            continue
-        stored[part.name] = pack_part(part, values, None if out is None else out[part.name])
+            stored[part.name] = pack_part(part, _held(weight, part.holds), into)
     return stored
+
+
+def constant(part: Part) -> Tensor:
+    """Return the tensor of a part that is always the same."""
+    raw = torch.frombuffer(bytearray(part.constant), dtype=torch.uint8)
+    return raw.view(TORCH_DTYPES[part.dtype]).reshape(part.constant_shape)
+
+
+def _held(weight: QuantizedWeight, holds: Holds) -> Tensor:
+    """Return the numbers of a weight that a part holds."""
+    if holds is Holds.CODES:
+        return weight.codes
+    grid = weight.grid
+    if isinstance(grid, AffineGrid):
+        if holds is Holds.G_IDX:
+            return grid.group_of_inputs(weight.in_features).to(torch.int32)
+        return grid.zeros if holds is Holds.ZEROS else grid.scales
+    if isinstance(grid, OffsetGrid):
+        return grid.offsets if holds is Holds.OFFSETS else grid.scales
+    if isinstance(grid, RowGrid):
+        return grid.absmax[:, None]
+    if grid.nested is not None:
+        return grid.nested.codes if holds is Holds.ABSMAX else grid.nested.scales
+    return grid.absmax
 
 
 def dequantize_to(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

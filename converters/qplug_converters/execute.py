@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import moves
 from .checkpoint import Checkpoint
-from .codec import check_scales, decode, encode, translate
+from .codec import check_scales, constant, decode, encode, translate
 from .errors import QplugError
 from .layout import Holds, Layout, Part, TensorSpec
 from .plan import Plan, Step
@@ -70,21 +71,15 @@ def output_specs(plan: Plan, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     return specs
 
 
-def rows_of(part: Part, tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Return output rows `start` to `stop` of a stored tensor as a view."""
-    axis = part.axis("out")
-    if axis is None:
-        return tensor
-    if part.packing is not None and part.packed_axis == axis:
-        factor = part.packing.factor
-        first, last = start / factor, -(-stop // factor)
-        return tensor.narrow(axis, int(first), int(last) - int(first))
-    return tensor.narrow(axis, start, stop - start)
+def rows_of(part: Part, tensor: Tensor, sizes: Mapping[str, int], start: int, stop: int) -> Tensor:
+    """Return output rows `start` to `stop` of a stored tensor as a view; `sizes` of the whole."""
+    span = part.span(sizes, start, stop)
+    return tensor if span is None else tensor.narrow(*span)
 
 
 def blocks_of(scheme: Scheme, *layouts: Layout, most: int = BLOCK) -> list[tuple[int, int]]:
     """Cut the output rows into blocks of at most `most` codes that cut no word of any layout."""
-    step = max(layout.row_step() for layout in layouts)
+    step = lcm(*(layout.row_step(scheme.sizes) for layout in layouts))
     rows = max(step, most // scheme.in_features // step * step)
     return [(at, min(at + rows, scheme.out_features)) for at in range(0, scheme.out_features, rows)]
 
@@ -94,11 +89,13 @@ def read_rows(
 ) -> QuantizedWeight:
     """Decode output rows `start` to `stop` of a linear."""
     stored = {
-        part.name: rows_of(part, checkpoint.tensor(f"{module}.{part.name}"), start, stop)
+        part.name: rows_of(
+            part, checkpoint.tensor(f"{module}.{part.name}"), scheme.sizes, start, stop
+        )
         for part in layout
     }
     try:
-        return decode(layout, replace(scheme, out_features=stop - start), stored)
+        return decode(layout, replace(scheme, out_features=stop - start), stored, start)
     except QplugError as error:
         _place(error, module)
         raise
@@ -126,9 +123,9 @@ def _convert(plan: Plan, checkpoint: Checkpoint, writer: Writer, step: Step, rea
                 for name, tensor in encode(target, weight).items():
                     writer.put(f"{step.module}.{name}", tensor)
             else:
-                encode(
-                    target, weight, {p.name: rows_of(p, views[p.name], start, stop) for p in target}
-                )
+                sizes = step.target.sizes
+                out = {p.name: rows_of(p, views[p.name], sizes, start, stop) for p in target}
+                encode(target, weight, out)
     except QplugError as error:
         _place(error, step.module)
         raise
@@ -150,6 +147,9 @@ def _convert_parts(
     """
     for part in target:
         name = f"{step.module}.{part.name}"
+        if part.holds is Holds.CONSTANT:
+            writer.put(name, constant(part))
+            continue
         before = source.part(part.holds)
         if before is None:  # only a g_idx can be asked for that the source does without
             groups = torch.arange(step.target.in_features, dtype=torch.int32)
@@ -162,11 +162,12 @@ def _convert_parts(
             writer.copy(name, checkpoint.locations[stored_as])
             continue
         stored = checkpoint.tensor(stored_as)
-        for start, stop in blocks if part.axis("out") is not None else blocks[:1]:
+        for start, stop in blocks if part.span(step.source.sizes, 0, 1) else blocks[:1]:
             sizes = {**step.source.sizes, "out": stop - start}
-            rows = rows_of(before, stored, start, stop)
+            rows = rows_of(before, stored, step.source.sizes, start, stop)
             if views:
-                translate(before, part, rows, sizes, rows_of(part, views[part.name], start, stop))
+                into = rows_of(part, views[part.name], step.target.sizes, start, stop)
+                translate(before, part, rows, sizes, into)
             else:
                 writer.put(name, translate(before, part, rows, sizes))
 

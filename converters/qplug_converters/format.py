@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .claim import Claim
 from .layout import Layout, TensorSpec
-from .scheme import ModelScheme, Scheme
+from .scheme import Kind, ModelScheme, Scheme
 
 Block = Mapping[str, Any]
 """A quantization config block as JSON gave it."""
@@ -42,6 +43,10 @@ class Capacity:
         Dtypes of scales that the format's readers take; the first is preferred.
     uniform
         Whether the config can name one group size only, for the whole model.
+    group_sizes
+        The group sizes that can be stored; empty: any.
+    kind
+        The grid its codes lie on.
     in_multiple, out_multiple
         What in_features and out_features must be multiples of at given bits.
     """
@@ -54,6 +59,8 @@ class Capacity:
     in_multiple: Callable[[int], int]
     out_multiple: Callable[[int], int]
     uniform: bool = False
+    group_sizes: tuple[int, ...] = ()
+    kind: Kind = Kind.AFFINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,9 @@ class Format:
         `(block, headers) -> bool`: whether a checkpoint is of this format, the config first.
     layout
         The stored tensors of one linear.
+    parse
+        `block -> Claim`: what a config says, judged alone; collects every problem. `None` where
+        there is no config (dense).
     read
         `(block, headers, peek) -> ModelScheme`; collects every problem and raises them together.
         `None` for a format that is a target only.
@@ -102,6 +112,7 @@ class Format:
     capacity: Capacity | None
     claims: Callable[[Block | None, Headers], bool]
     layout: Callable[[Scheme], Layout]
+    parse: Callable[[Block | None], Claim] | None = None
     read: Callable[[Block | None, Headers, Peek], ModelScheme] | None
     adopt: Callable[[Scheme], Scheme]
     write: Callable[[ModelScheme], Written]
@@ -114,6 +125,8 @@ class Format:
         holds = self.capacity
         if holds is None:
             return None
+        if scheme.kind is not holds.kind:
+            return f"{self.name} holds no {scheme.kind.value} grids"
         if scheme.bits not in holds.bits:
             return f"{self.name} holds {_listed(holds.bits)} bits, not {scheme.bits}"
         if scheme.act_order and not holds.act_order:
@@ -136,6 +149,8 @@ class Format:
                     f"{self.name} holds zeros from {low} to {high}, not "
                     f"{scheme.zeros.lowest} to {scheme.zeros.highest}"
                 )
+        if holds.group_sizes and scheme.group_size not in holds.group_sizes:
+            return f"{self.name} holds groups of {_listed(holds.group_sizes)}"
         if scheme.scale_dtype not in holds.scale_dtypes:
             return f"{self.name} holds {_listed(holds.scale_dtypes)} scales"
         return None

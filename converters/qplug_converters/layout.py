@@ -7,7 +7,10 @@ Names, shapes, dtypes, checks, documentation, the packer and the parameters of a
 all derive from it. Nothing here imports torch.
 
 Axes: `out` = out_features, `inp` = in_features, `group` = quantization groups along `inp`,
-`w` = words of one row. einops forbids names that end in `_`, and `in` is a Python word.
+`block` = quantization blocks of the weight flattened row by row, `nested` = blocks of those,
+`w` = words of one row. einops forbids names that end in `_`, and `in` is a Python word. An axis may
+be cut: `(inp h t)` with fixed lengths of `h` and `t` is in_features again, `inp` counting what is
+left. `1` is an axis of length one.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from functools import cache
-from math import prod
+from math import gcd, lcm, prod
 
 from .errors import QplugError
 
@@ -38,14 +41,21 @@ class Holds(Enum):
     CODES = "codes"
     ZEROS = "zeros"
     SCALES = "scales"
+    OFFSETS = "offsets"
+    ABSMAX = "absmax"
+    NESTED = "nested"
     G_IDX = "g_idx"
     WEIGHT = "weight"
+    CONSTANT = "constant"
 
 
 _CANONICAL = {
     Holds.CODES: ("out", "inp"),
     Holds.ZEROS: ("out", "group"),
     Holds.SCALES: ("out", "group"),
+    Holds.OFFSETS: ("out", "group"),
+    Holds.ABSMAX: ("block",),
+    Holds.NESTED: ("nested",),
     Holds.G_IDX: ("inp",),
     Holds.WEIGHT: ("out", "inp"),
 }
@@ -72,12 +82,18 @@ class TensorSpec:
 class Packing:
     """How the codes of a row become words: a little-endian bit stream, lowest bit first.
 
-    `order[i]` is the code (counted inside one word) that lies in field `i`; empty means natural.
+    `word` is the dtype of the stored words; words are bit patterns, whatever it is. `order[i]` is
+    the code (counted inside one word) that lies in field `i`; empty means natural. `per_word` says
+    how many codes a word holds where they do not fill it and none crosses into the next (the top
+    bits are idle). `planes` cuts each code into fields of these widths, the low bits first: of 32
+    codes, plane by plane, each plane is a bit stream of its own.
     """
 
     bits: int
     word: str = "I32"
     order: tuple[int, ...] = ()
+    per_word: int = 0
+    planes: tuple[int, ...] = ()
 
     @property
     def word_bits(self) -> int:
@@ -86,12 +102,21 @@ class Packing:
 
     def words(self, codes: int) -> int:
         """Return how many words hold a row of `codes` codes."""
+        if self.planes:
+            return -(-codes // 32) * 32 * self.bits // self.word_bits
+        if self.per_word:
+            return -(-codes // self.per_word)
         return -(-codes * self.bits // self.word_bits)
 
     @property
     def factor(self) -> Fraction:
         """Codes per word (32/3 for 3-bit codes in 32-bit words)."""
-        return Fraction(self.word_bits, self.bits)
+        return Fraction(self.per_word or Fraction(self.word_bits, self.bits))
+
+    @property
+    def whole(self) -> int:
+        """The fewest codes that end on a word."""
+        return 32 if self.planes else self.factor.numerator
 
 
 @cache
@@ -109,7 +134,7 @@ def swapped(pattern: str) -> str:
 
 def _names(side: str) -> tuple[str, ...]:
     """Return every name on one side of a pattern."""
-    return tuple(name for axis in _axes(side) for name in axis)
+    return tuple(name for axis in _axes(side) for name in axis if name != "1")
 
 
 @cache
@@ -127,31 +152,83 @@ def _stored_axes(stream: str, stored: str) -> tuple[str, ...]:
 class Part:
     """One stored tensor of a linear, named `<module>.<name>`.
 
-    `rule` names how stored zeros relate to the value subtracted (`zeros.RULES`); `as_is` for
-    everything whose stored integer is the value itself.
+    Attributes
+    ----------
+    name, dtype
+        As stored; the dtype by safetensors' name.
+    holds
+        What its numbers mean.
+    stream
+        Canonical axes to rows of a bit stream; for what is not packed, to the stored tensor.
+    packing
+        How a row of codes or zeros becomes words; `None` for what is not packed.
+    stored
+        Rows of words to the stored tensor; empty if they are that.
+    rule
+        How stored zeros relate to the value subtracted (`zeros.RULES`); `as_is` for everything
+        whose stored integer is the value itself.
+    lengths
+        Lengths of the axes that cut a canonical one, by name.
+    multiple
+        The number of groups is padded with zeros to a multiple of this.
+    shift
+        What is added to a code where it is stored unpacked (int8 files: -128).
+    constant
+        The bytes that the tensor always has in this scheme; such a part has no patterns but a
+        shape, `constant_shape`.
     """
 
     name: str
     holds: Holds
     dtype: str
-    stream: str
+    stream: str = ""
     packing: Packing | None = None
     stored: str = ""
     rule: str = "as_is"
+    lengths: tuple[tuple[str, int], ...] = ()
+    multiple: int = 1
+    shift: int = 0
+    constant: bytes = b""
+    constant_shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse, at import of the format, a pattern that does not fit what the part holds."""
+        if self.holds is Holds.CONSTANT:
+            if len(self.constant) != TensorSpec(self.dtype, self.constant_shape).nbytes:
+                raise ValueError(f"{self.name}: {len(self.constant)} bytes are not its shape")
+            return
         left, _, right = self.stream.partition("->")
-        names = _names(left)
-        if names != _CANONICAL[self.holds] or sorted(_names(right)) != sorted(names):
+        named = tuple(self._free(axis) for axis in _axes(left))
+        if sorted(named) != sorted(_CANONICAL[self.holds]) or sorted(_names(right)) != sorted(
+            _names(left)
+        ):
             raise ValueError(f"{self.name}: {self.stream!r} does not start at the canonical axes")
         if self.packing is None and self.stored:
             raise ValueError(f"{self.name}: `stored` is for packed parts only")
 
+    def _free(self, axis: tuple[str, ...]) -> str:
+        """Return the one axis of a cut canonical axis whose length is not fixed."""
+        fixed = dict(self.lengths)
+        (free,) = (name for name in axis if name not in fixed)
+        return free
+
     @property
     def axes(self) -> tuple[str, ...]:
-        """What each stored axis runs over: `out`, `inp` or `group`, in stored order."""
+        """What each stored axis runs over: `out`, `inp`, `group` …, in stored order."""
+        if self.holds is Holds.CONSTANT:
+            return ("1",) * len(self.constant_shape)
         return _stored_axes(self.stream, self.stored)
+
+    def sizes_of(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the length of every axis that the patterns name."""
+        found = {**dict(self.lengths), "1": 1}
+        for axis in _axes(self.stream.partition("->")[0]):
+            free = self._free(axis)
+            length = sizes[free]
+            if free == "group":
+                length = -(-length // self.multiple) * self.multiple
+            found[free] = length // prod(found[name] for name in axis if name != free)
+        return found
 
     @property
     def packed_axis(self) -> int | None:
@@ -166,11 +243,58 @@ class Part:
         return self.axes.index(name) if name in self.axes else None
 
     def spec(self, sizes: Mapping[str, int]) -> TensorSpec:
-        """Return dtype and shape for the given `out`, `inp` and `group`."""
-        shape = [sizes[name] for name in self.axes]
+        """Return dtype and shape for the given sizes of the canonical axes (`Scheme.sizes`)."""
+        if self.holds is Holds.CONSTANT:
+            return TensorSpec(self.dtype, self.constant_shape)
+        lengths = self.sizes_of(sizes)
+        shape = [prod(lengths[name] for name in axis.split()) for axis in self.axes]
         if self.packing is not None and self.packed_axis is not None:
             shape[self.packed_axis] = self.packing.words(shape[self.packed_axis])
         return TensorSpec(self.dtype, tuple(shape))
+
+    def span(self, sizes: Mapping[str, int], start: int, stop: int) -> tuple[int, int, int] | None:
+        """Return where output rows `start` to `stop` lie: (stored axis, first, length).
+
+        `None` if the part does not run over output rows. `start` is a multiple of the layout's
+        `row_step`, and `stop` is one or the last row.
+        """
+        if self.holds is Holds.ABSMAX:
+            per_entry = sizes["blocksize"] * prod(length for _, length in self.lengths)
+            first = start * sizes["inp"] // per_entry
+            last = -(-stop * sizes["inp"] // per_entry)
+            return self.axes.index("block"), first, last - first
+        found = self._out_axis(sizes)
+        if found is None:
+            return None
+        axis, numerator, denominator = found
+        first, last = start * numerator // denominator, -(-stop * numerator // denominator)
+        if self.packing is not None and self.packed_axis == axis:
+            first, last = self.packing.words(first), self.packing.words(last)
+        return axis, first, last - first
+
+    def _out_axis(self, sizes: Mapping[str, int]) -> tuple[int, int, int] | None:
+        """Return the stored axis over output rows, and its elements (before packing) per row."""
+        at = next((n for n, axis in enumerate(self.axes) if axis.split()[0] == "out"), None)
+        if at is None:
+            return None
+        lengths = self.sizes_of(sizes)
+        inner = prod(lengths[name] for name in self.axes[at].split()[1:])
+        left = next(a for a in _axes(self.stream.partition("->")[0]) if "out" in a)
+        return at, inner, prod(lengths[name] for name in left if name != "out")
+
+    def row_step(self, sizes: Mapping[str, int]) -> int:
+        """Return the smallest number of output rows that cuts no word and no block."""
+        if self.holds is Holds.ABSMAX:
+            return sizes["blocksize"] // gcd(sizes["inp"], sizes["blocksize"])
+        found = self._out_axis(sizes)
+        if found is None:
+            return 1
+        axis, numerator, denominator = found
+        packed = self.packing is not None and self.packed_axis == axis
+        whole = self.packing.whole if packed and self.packing is not None else 1
+        # The smallest r for which r * numerator / denominator is a multiple of `whole`.
+        step = denominator * whole
+        return step // gcd(numerator, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +328,6 @@ class Layout:
                 problems.append(QplugError(str(found[name]), where, str(spec), fix))
         return problems
 
-    def row_step(self) -> int:
+    def row_step(self, sizes: Mapping[str, int]) -> int:
         """Return the smallest number of output rows that cuts no word in any part."""
-        step = 1
-        for part in self.parts:
-            if part.packing is not None and part.axes[part.packed_axis or 0] == "out":
-                factor = part.packing.factor
-                step = max(step, factor.numerator if factor.denominator > 1 else int(factor))
-        return step
+        return lcm(*(part.row_step(sizes) for part in self.parts))

@@ -35,7 +35,7 @@ def symmetrize(weight: QuantizedWeight, bits: int) -> QuantizedWeight:
     shifted = weight.integers().add_(1 << (bits - 1))
     low, high = int(shifted.min()), int(shifted.max())
     _require(low >= 0 and high < 1 << bits, f"codes from {low} to {high} in {bits} bits")
-    grid = weight.grid
+    grid = weight.affine
     zeros = torch.full_like(grid.zeros, 1 << (bits - 1))
     grid = AffineGrid(grid.scales, zeros, grid.group_size, grid.g_idx)
     return QuantizedWeight(shifted.to(torch.uint8), bits, grid)
@@ -47,7 +47,7 @@ def split_groups(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
     `group_size` divides the old group size, or in_features where there is one group; a short last
     group becomes whole when it divides that too.
     """
-    grid, inp = weight.grid, weight.in_features
+    grid, inp = weight.affine, weight.in_features
     fits = grid.g_idx is None and (grid.group_size % group_size == 0 or grid.group_size >= inp)
     _require(fits, f"groups of {grid.group_size} in groups of {group_size}")
     firsts = torch.arange(0, inp, group_size, device=weight.codes.device) // grid.group_size
@@ -61,9 +61,9 @@ def cast_scales(weight: QuantizedWeight, dtype: str) -> QuantizedWeight:
     """Change the dtype of the scales; exact where the plan found that every scale fits [X6]."""
     from .codec import TORCH_DTYPES
 
-    scales = weight.grid.scales.to(TORCH_DTYPES[dtype])
+    grid = weight.affine
+    scales = grid.scales.to(TORCH_DTYPES[dtype])
     _require(bool(torch.isfinite(scales).all()), f"scales in {dtype}")
-    grid = weight.grid
     return replace(weight, grid=AffineGrid(scales, grid.zeros, grid.group_size, grid.g_idx))
 
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
+
+
+class Kind(Enum):
+    """Which grid the codes of a linear lie on (`weight`)."""
+
+    AFFINE = "affine"
+    OFFSET = "offset"
+    ROWS = "rows"
+    CODEBOOK = "codebook"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +49,43 @@ class ScaleFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Nesting:
+    """How absmax values are quantized themselves (bitsandbytes' double quantization).
+
+    `dtype` is what the dequantized ones are rounded to on their way, `offset` what is added to
+    them; `table` holds 256 little-endian float32.
+    """
+
+    blocksize: int
+    offset: float
+    table: bytes
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Codebook:
+    """The table of a codebook grid, and what its files say besides.
+
+    `table` holds 2^bits little-endian float32; `name` is `nf4` or `fp4`. `dtype` is that of the
+    original weight (nothing depends on it), `storage` that under which the codes' bytes are stored.
+    `transposed` says that absmax was saved as bfloat16 [blocks of a row, out_features] by a tool
+    that undid half of its own repacking.
+    """
+
+    name: str
+    table: bytes
+    dtype: str = "float16"
+    storage: str = "U8"
+    nesting: Nesting | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """How one linear is quantized.
 
-    `group_size` is always positive (channelwise is `in_features`). `sym` and `desc_act` are what
+    `kind` is the grid. `group_size` is always positive (channelwise is `in_features`; for a
+    codebook, the weights that share an absmax). `sym` and `desc_act` are what
     the config claims (`None`: nothing); `act_order` is the fact read from `g_idx`, and `zeros` and
     `scales`, once surveyed, the facts about those. `has_g_idx` says that the file stores a
     `g_idx`, needed or not.
@@ -60,6 +103,8 @@ class Scheme:
     zero_rule: str = "as_is"
     zeros: ZeroFacts | None = None
     scales: ScaleFacts | None = None
+    kind: Kind = Kind.AFFINE
+    codebook: Codebook | None = None
 
     @property
     def groups(self) -> int:
@@ -78,8 +123,14 @@ class Scheme:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes of the axes `out`, `inp`, `group` of a `Layout`."""
-        return {"out": self.out_features, "inp": self.in_features, "group": self.groups}
+        """Sizes of the canonical axes of a `Layout`."""
+        sizes = {"out": self.out_features, "inp": self.in_features, "group": self.groups}
+        if self.codebook is not None:
+            blocks = -(-self.numel // self.group_size)
+            sizes |= {"block": blocks, "blocksize": self.group_size}
+            if self.codebook.nesting is not None:
+                sizes["nested"] = -(-blocks // self.codebook.nesting.blocksize)
+        return sizes
 
     @property
     def numel(self) -> int:
@@ -88,11 +139,17 @@ class Scheme:
 
     def describe(self) -> str:
         """Return e.g. `4-bit asym g128`; nothing is said of zeros that nobody looked at."""
+        if self.codebook is not None:
+            nested = " double-quantized" if self.codebook.nesting is not None else ""
+            return f"{self.codebook.name} b{self.group_size}{nested}"
+        if self.kind is Kind.ROWS:
+            return f"{self.bits}-bit rows"
         group = "channel" if self.group_size == self.in_features else f"g{self.group_size}"
         order = " act-order" if self.act_order else ""
         known = self.zeros is not None or self.sym is not None
         zeros = f" {'sym' if self.symmetric else 'asym'}" if known else ""
-        return f"{self.bits}-bit{zeros} {group}{order}"
+        offsets = " offsets" if self.kind is Kind.OFFSET else ""
+        return f"{self.bits}-bit{zeros} {group}{offsets}{order}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,31 +7,37 @@ from shapes is the same for all of them and is worked out here, once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from .block import INCOMPLETE, parts_of
+from .claim import Claim, Stated
 from .errors import QplugError, raise_all
 from .format import Headers, Peek
 from .layout import FLOATS, Holds, Layout, Part, TensorSpec
 from .scheme import Scheme
 
 
-@dataclass(frozen=True, slots=True)
-class Stated:
-    """What a config says of one linear.
+def read_linears(
+    claim: Claim,
+    modules: Iterable[str],
+    layout: Callable[[Scheme], Layout],
+    headers: Headers,
+    peek: Peek,
+    problems: list[QplugError],
+) -> dict[str, Scheme]:
+    """Return the schemes of `modules`, each held against what the config claims.
 
-    `group_size` is -1 for one group and `None` where nothing is said; `in_features` is said only
-    by formats whose words may end in padding. `ragged` allows a short last group.
+    What is wrong with one is added to `problems`, and the others are read all the same.
     """
-
-    bits: int
-    group_size: int | None
-    sym: bool | None = None
-    desc_act: bool = False
-    in_features: int | None = None
-    ragged: bool = True
+    linears = {}
+    for module in modules:
+        try:
+            linears[module] = read_linear(module, claim.of(module), layout, headers, peek)
+        except QplugError as error:
+            problems += [error, *error.others]
+    return linears
 
 
 def read_linear(
@@ -48,8 +54,9 @@ def read_linear(
     QplugError
         Everything that is missing, of a wrong shape or dtype, or in contradiction to the config.
     """
-    g_idx = f"{module}.g_idx" in headers
-    blank = Scheme(1, 1, stated.bits, 1, has_g_idx=g_idx)
+    ordered = layout(Scheme(32, 32, stated.bits, 32, has_g_idx=True)).part(Holds.G_IDX)
+    g_idx = ordered.name if ordered and f"{module}.{ordered.name}" in headers else ""
+    blank = Scheme(32, 32, stated.bits, 32, has_g_idx=bool(g_idx))
     parts = {part.holds: part for part in layout(blank)}
     stored = parts_of(headers, module, [part.name for part in parts.values()])
     _present(module, parts.values(), stored)
@@ -58,7 +65,7 @@ def read_linear(
     if found.dtype not in FLOATS:
         raise QplugError(str(found), f"{module}.{scales.name}", " or ".join(FLOATS), INCOMPLETE)
     groups = found.shape[scales.axes.index("group")]
-    length = stored["g_idx"].shape[0] if g_idx else None
+    length = stored[g_idx].shape[0] if g_idx else None
     where, shape = f"{module}.{codes.name}", stored[codes.name]
     out = _length(where, codes, shape, "out")
     inp = stated.in_features or _length(where, codes, shape, "inp", length)
@@ -69,12 +76,12 @@ def read_linear(
         _group_size(f"{module}.{codes.name}", stated, inp, groups),
         sym=stated.sym,
         desc_act=stated.desc_act,
-        has_g_idx=g_idx,
+        has_g_idx=bool(g_idx),
         scale_dtype=found.dtype,
     )
     said = f"the config says {stated.bits} bits, group_size {stated.group_size}"
     raise_all(layout(scheme).check(module, scheme.sizes, stored, f"{said}; the tensors must agree"))
-    return _ordered(module, scheme, peek) if g_idx else scheme
+    return _ordered(f"{module}.{g_idx}", scheme, peek) if g_idx else scheme
 
 
 def _present(module: str, parts: Iterable[Part], stored: dict[str, TensorSpec]) -> None:
@@ -144,13 +151,13 @@ def _group_size(where: str, stated: Stated, inp: int, groups: int) -> int:
     return min(size, inp)
 
 
-def _ordered(module: str, scheme: Scheme, peek: Peek) -> Scheme:
+def _ordered(where: str, scheme: Scheme, peek: Peek) -> Scheme:
     """Read `g_idx`: whether the columns really are in act order."""
-    g_idx = peek(f"{module}.g_idx")
+    g_idx = peek(where)
     if g_idx.min() < 0 or g_idx.max() >= scheme.groups:
         raise QplugError(
             f"values from {g_idx.min()} to {g_idx.max()}",
-            f"{module}.g_idx",
+            where,
             f"0 to {scheme.groups - 1}",
             INCOMPLETE,
         )

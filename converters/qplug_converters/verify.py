@@ -25,7 +25,7 @@ from .plan import Verdict
 from .scheme import ModelScheme, Scheme
 from .survey import survey
 from .threads import workers
-from .weight import QuantizedWeight
+from .weight import AffineGrid, QuantizedWeight
 
 Progress = Callable[[int, int, str], None]
 BLOCK = 1 << 22
@@ -229,7 +229,9 @@ def _compare(a: Side, b: Side, module: str) -> LinearReport | str:
     rounded = True
     for start, stop in blocks_of(scheme, *layouts, most=BLOCK):
         one, two = _rows(a, module, start, stop), _rows(b, module, start, stop)
-        if isinstance(one, QuantizedWeight) and isinstance(two, QuantizedWeight):
+        if _affine(one) and _affine(two):
+            assert isinstance(one, QuantizedWeight)
+            assert isinstance(two, QuantizedWeight)
             unequal = _grids_differ(one, two)
             if unequal is None:
                 continue
@@ -260,6 +262,10 @@ def _rows(side: Side, module: str, start: int, stop: int) -> QuantizedWeight | T
     return tensor
 
 
+def _affine(weight: QuantizedWeight | Tensor) -> bool:
+    return isinstance(weight, QuantizedWeight) and isinstance(weight.grid, AffineGrid)
+
+
 def _dense(weight: QuantizedWeight | Tensor) -> Tensor:
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
@@ -269,21 +275,21 @@ def _scales_rounded(one: QuantizedWeight, two: QuantizedWeight) -> bool:
     if not torch.equal(one.integers(), two.integers()):
         return False
     inp = one.in_features
-    a, b = (w.grid.spread(w.grid.scales, inp) for w in (one, two))
+    a, b = (w.affine.spread(w.affine.scales, inp) for w in (one, two))
     return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
 
 
 def _grids_differ(one: QuantizedWeight, two: QuantizedWeight) -> Tensor | None:
     """Return where `code - zero` or the bits of the scale differ, bool `[out, in]`, or `None`."""
-    bits = [w.grid.scales.float().view(torch.int32) for w in (one, two)]
-    if (one.grid.g_idx, two.grid.g_idx) == (None, None) and bits[0].shape == bits[1].shape:
-        alike = one.grid.group_size == two.grid.group_size and torch.equal(*bits)
-        if alike and torch.equal(one.grid.zeros, two.grid.zeros):
+    bits = [w.affine.scales.float().view(torch.int32) for w in (one, two)]
+    if (one.affine.g_idx, two.affine.g_idx) == (None, None) and bits[0].shape == bits[1].shape:
+        alike = one.affine.group_size == two.affine.group_size and torch.equal(*bits)
+        if alike and torch.equal(one.affine.zeros, two.affine.zeros):
             if torch.equal(one.codes, two.codes):
                 return None
         elif alike and torch.equal(one.integers(), two.integers()):
             return None
     inp = one.in_features
-    scales = [w.grid.spread(b, inp) for w, b in zip((one, two), bits, strict=True)]
+    scales = [w.affine.spread(b, inp) for w, b in zip((one, two), bits, strict=True)]
     unequal = (one.integers() != two.integers()) | (scales[0] != scales[1])
     return unequal if bool(unequal.any()) else None

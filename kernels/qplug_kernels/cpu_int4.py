@@ -109,15 +109,15 @@ def sort_inputs(weight: QuantizedWeight, problem: Problem) -> tuple[Tensor, Tens
     """Return the codes with inputs sorted by group, and the input at each place (or `None`)."""
     if not problem.act_order:
         return weight.codes, None
-    groups = weight.grid.group_of_inputs(weight.in_features)
+    groups = weight.affine.group_of_inputs(weight.in_features)
     order = torch.argsort(groups, stable=True)
     return weight.codes.index_select(1, order), order.to(torch.int32)
 
 
 def spread_blocks(weight: QuantizedWeight, block: int) -> tuple[Tensor, Tensor]:
     """Return scales and zeros, float32 `[out, in / block]`, for each block of sorted inputs."""
-    groups = weight.grid.group_of_inputs(weight.in_features).sort().values[::block]
-    return weight.grid.scales[:, groups].float(), weight.grid.zeros[:, groups].float()
+    groups = weight.affine.group_of_inputs(weight.in_features).sort().values[::block]
+    return weight.affine.scales[:, groups].float(), weight.affine.zeros[:, groups].float()
 
 
 def pack(weight: QuantizedWeight, problem: Problem, codes: Tensor) -> dict[str, Tensor]:

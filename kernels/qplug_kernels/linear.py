@@ -102,7 +102,7 @@ def prepare(
 
 def _check_weight(weight: QuantizedWeight) -> None:
     """Refuse a weight whose tensors contradict each other, before anything is computed."""
-    grid, (rows, columns) = weight.grid, weight.codes.shape
+    grid, (rows, columns) = weight.affine, weight.codes.shape
     groups = grid.scales.shape[1]
     if grid.zeros.shape != grid.scales.shape or grid.scales.shape[0] != rows:
         raise QplugError(

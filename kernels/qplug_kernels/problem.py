@@ -111,7 +111,7 @@ class Problem:
     ) -> Problem:
         """Describe `weight` on this machine and in this process."""
         device = torch.device(device)
-        grid = weight.grid
+        grid = weight.affine
         return Problem(
             in_features=weight.in_features,
             out_features=weight.out_features,
@@ -132,16 +132,16 @@ class Problem:
 
 
 def _out_of_order(weight: QuantizedWeight) -> bool:
-    g_idx = weight.grid.g_idx
+    g_idx = weight.affine.g_idx
     if g_idx is None:
         return False
     inputs = torch.arange(weight.in_features, device=g_idx.device)
-    return not torch.equal(g_idx.long(), inputs // weight.grid.group_size)
+    return not torch.equal(g_idx.long(), inputs // weight.affine.group_size)
 
 
 def _run(weight: QuantizedWeight) -> int:
     """Return the greatest common divisor of all places where the group changes."""
-    groups = weight.grid.group_of_inputs(weight.in_features).sort().values
+    groups = weight.affine.group_of_inputs(weight.in_features).sort().values
     changes = torch.nonzero(groups[1:] != groups[:-1]).flatten() + 1
     return gcd(weight.in_features, *changes.tolist())
 

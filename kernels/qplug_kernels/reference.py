@@ -32,7 +32,7 @@ def cannot(problem: Problem) -> str | None:
 
 def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
     """Return codes and grid as they are."""
-    grid = weight.grid
+    grid = weight.affine
     return {
         "codes": weight.codes,
         "scales": grid.scales,

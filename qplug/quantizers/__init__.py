@@ -296,7 +296,7 @@ def _name(quantizer: Quantizer) -> str:
 
 def _stack(pieces: list[QuantizedWeight]) -> QuantizedWeight:
     """Put blocks of output rows of one linear on top of each other."""
-    grids = [piece.grid for piece in pieces]
+    grids = [piece.affine for piece in pieces]
     grid = AffineGrid(
         torch.cat([grid.scales for grid in grids]),
         torch.cat([grid.zeros for grid in grids]),

@@ -176,8 +176,8 @@ def _stacked(weights: list[QuantizedWeight]) -> QuantizedWeight:
     if len(weights) == 1:
         return weights[0]
     grid = AffineGrid(
-        torch.cat([weight.grid.scales for weight in weights]),
-        torch.cat([weight.grid.zeros for weight in weights]),
-        weights[0].grid.group_size,
+        torch.cat([weight.affine.scales for weight in weights]),
+        torch.cat([weight.affine.zeros for weight in weights]),
+        weights[0].affine.group_size,
     )
     return QuantizedWeight(torch.cat([w.codes for w in weights]), weights[0].bits, grid)

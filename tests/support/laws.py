@@ -124,12 +124,11 @@ def blocks_equal_whole(target: Format, scheme: Scheme, weight: QuantizedWeight) 
     whole = encode(layout, weight)
     parts = {n: torch.full_like(t, 1) for n, t in whole.items()}
     for start, stop in blocks_of(scheme, layout, most=scheme.in_features):
-        out = {p.name: rows_of(p, parts[p.name], start, stop) for p in layout}
+        out = {p.name: rows_of(p, parts[p.name], scheme.sizes, start, stop) for p in layout}
         encode(layout, weight.rows(start, stop), out)
         block = replace(scheme, out_features=stop - start)
-        got = decode(
-            layout, block, {p.name: rows_of(p, whole[p.name], start, stop) for p in layout}
-        )
+        mine = {p.name: rows_of(p, whole[p.name], scheme.sizes, start, stop) for p in layout}
+        got = decode(layout, block, mine, start)
         assert same(got, weight.rows(start, stop))
     assert all(torch.equal(parts[n], whole[n]) for n in whole)
 

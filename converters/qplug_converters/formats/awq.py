@@ -16,6 +16,7 @@ an entry such as `mlp.gate` also un-quantizes `mlp.gate_proj`: the tensors show 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..block import (
@@ -27,11 +28,12 @@ from ..block import (
     packed_along,
     stated_group_size,
 )
+from ..claim import Claim, Stated
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import Holds, Layout, Packing, Part
 from ..scheme import ModelScheme, Scheme
-from ..stored import Stated, read_linear
+from ..stored import read_linears
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Field i of a word holds column ORDER[i] of its eight (AutoAWQ `awq/utils/packing_utils.py`)."""
@@ -75,54 +77,75 @@ def claims(block: Block | None, headers: Headers) -> bool:
     return packed_along(headers) == "out"
 
 
-def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
-    """Read the schemes of a checkpoint; headers decide, the config must agree."""
+def parse(block: Block | None) -> Claim:
+    """Judge the config."""
+    return parse_version(block, "gemm", "awq")
+
+
+def parse_version(block: Block | None, version: str, name: str) -> Claim:
+    """Judge the config of an AWQ checkpoint of one `version`."""
     keys = Keys(block)
     bits = keys.get(int, "bits", "w_bit", default=None if block else 4)
     group_size = keys.get(int, "group_size", "q_group_size")
     zero_point = keys.get(bool, "zero_point", default=True)
-    version = keys.get(str, "version", "format", default="gemm")
+    said = keys.get(str, "version", "format", default="gemm")
     skip = keys.get(list, "modules_to_not_convert", default=[])
     if bits != 4:
         keys.problem("bits", f"{bits}" if bits else "no such key", "4, the only width AWQ has")
-    if version.lower() != "gemm":
+    if said.lower() != version:
         keys.problem(
             "version",
-            f"{version!r}",
-            "'gemm', the layout this version reads",
+            f"{said!r}",
+            f"{version!r}, the layout this version reads",
             "save it again as gemm in the tool that wrote it",
         )
     if group_size is not None and (group_size == 0 or group_size < -1):
         keys.problem("group_size", f"{group_size}", "-1 or a positive number")
+    raise_all(keys.problems)
+    entries = [str(entry) for entry in skip]
+    return Claim(
+        format=name,
+        base=Stated(4, group_size, sym=None if zero_point else True, ragged=False),
+        # An entry may end in a dot, so that `layers.1.` is not `layers.11`.
+        skip=lambda module: next((e for e in entries if e in f"{module}."), None),
+        block=keys.block,
+    )
+
+
+def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
+    """Read the schemes of a checkpoint; headers decide, the config must agree."""
+    claim = parse(block)
     if packed_along(headers) == "inp":
-        keys.problem(
-            "quant_method",
+        raise QplugError(
             "'awq' over a qweight packed along the inputs",
+            "quantization_config.quant_method",
             "one packed along the outputs",
             "correct the config: GPTQ and AWQ GEMV pack along the inputs",
         )
-    raise_all(keys.problems)
+    return read_with(claim, layout, headers, peek)
 
+
+def read_with(
+    claim: Claim, layout: Callable[[Scheme], Layout], headers: Headers, peek: Peek
+) -> ModelScheme:
+    """Read the linears of an AWQ checkpoint, each in `layout`."""
     modules = modules_with(headers, "qweight", "qzeros")
     if not modules:
         raise QplugError(
             "no `*.qweight` tensor", "the checkpoint's headers", "quantized linears", INCOMPLETE
         )
     problems: list[QplugError] = []
-    linears = {}
-    for module in modules:
-        stated = Stated(4, group_size, sym=None if zero_point else True, ragged=False)
-        try:
-            linears[module] = read_linear(module, stated, layout, headers, peek)
-        except QplugError as error:
-            problems += [error, *error.others]
+    linears = read_linears(claim, modules, layout, headers, peek, problems)
     raise_all(problems)
+    skipped: dict[str, str] = {}
+    for module in linears:
+        if (entry := claim.skip(module)) is not None:
+            skipped.setdefault(entry, module)
     notes = [
         f"modules_to_not_convert has {entry!r}, which readers also find in {hit}, quantized"
-        for entry in skip
-        if (hit := next((m for m in linears if str(entry) in m), None)) is not None
+        for entry, hit in skipped.items()
     ]
-    return ModelScheme("awq", linears, dense_modules(headers), "", tuple(notes), keys.block)
+    return ModelScheme(claim.format, linears, dense_modules(headers), "", tuple(notes), claim.block)
 
 
 def adopt(scheme: Scheme) -> Scheme:
@@ -183,6 +206,7 @@ FORMAT = Format(
     ),
     claims=claims,
     layout=layout,
+    parse=parse,
     read=read,
     adopt=adopt,
     write=write,

@@ -19,11 +19,12 @@ from dataclasses import replace
 from typing import Any
 
 from ..block import INCOMPLETE, Keys, dense_modules, modules_with
+from ..claim import Claim, Stated
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import FLOATS, Holds, Layout, Packing, Part
 from ..scheme import ModelScheme, Scheme
-from ..stored import Stated, read_linear
+from ..stored import read_linears
 
 VERSION = 1
 
@@ -56,19 +57,46 @@ def claims(block: Block | None, headers: Headers) -> bool:
     return (block or {}).get("quant_method") == "qplug"
 
 
-def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
-    """Read the schemes; config and headers must say the same."""
+def parse(block: Block | None) -> Claim:
+    """Judge the config: an entry for each module, with bits, in_features and group_size."""
     keys = Keys(block)
     version = keys.get(int, "version")
     modules = keys.get(dict, "modules", default={})
     if version != VERSION:
         keys.problem("version", f"{version}", f"{VERSION}", "use the qplug release that wrote it")
+    stated = {}
+    for module, entry in modules.items():
+        where = f"quantization_config.modules.{module}"
+        if not isinstance(entry, dict):
+            keys.problem(f"modules.{module}", f"{entry!r}", "a JSON object")
+            continue
+        own = Keys(entry, where)
+        bits, group_size = own.get(int, "bits", default=0), own.get(int, "group_size", default=0)
+        in_features = own.get(int, "in_features", default=0)
+        if not (1 <= bits <= 8 and group_size > 0 and in_features > 0):
+            own.problem("*", f"{entry}", "bits 1 to 8, positive group_size and in_features")
+            keys.problems += own.problems
+            continue
+        stated[module] = Stated(bits, group_size, in_features=in_features)
     raise_all(keys.problems)
+    base = next(iter(stated.values()), Stated(4, None))
+    return Claim(
+        format="canonical",
+        base=base,
+        overrides=stated.get,
+        producer="qplug",
+        block=keys.block,
+        details={"modules": tuple(stated)},
+    )
+
+
+def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
+    """Read the schemes; config and headers must say the same."""
+    claim = parse(block)
     problems: list[QplugError] = []
-    linears = {}
-    stored_modules = modules_with(headers, "codes")
-    for module in sorted(set(stored_modules) ^ set(modules)):
-        there = module in modules
+    said, stored = claim.details["modules"], modules_with(headers, "codes")
+    for module in sorted(set(stored) ^ set(said)):
+        there = module in said
         problems.append(
             QplugError(
                 "no tensors" if there else "no entry",
@@ -77,35 +105,14 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
                 INCOMPLETE,
             )
         )
-    for module in stored_modules:
-        if module not in modules:
-            continue
-        where = f"quantization_config.modules.{module}"
-        if not isinstance(modules[module], dict):
-            problems.append(
-                QplugError(f"{modules[module]!r}", where, "a JSON object", "correct the config")
-            )
-            continue
-        own = Keys(modules[module], where)
-        bits, group_size = own.get(int, "bits", default=0), own.get(int, "group_size", default=0)
-        in_features = own.get(int, "in_features", default=0)
-        if not (1 <= bits <= 8 and group_size > 0 and in_features > 0):
-            own.problem(
-                "*", f"{modules[module]}", "bits 1 to 8, positive group_size and in_features"
-            )
-            problems += own.problems
-            continue
-        stated = Stated(bits, group_size, in_features=in_features)
-        try:
-            linears[module] = read_linear(module, stated, layout, headers, peek)
-        except QplugError as error:
-            problems += [error, *error.others]
+    both = [module for module in stored if module in said]
+    linears = read_linears(claim, both, layout, headers, peek, problems)
     raise_all(problems)
     if not linears:
         raise QplugError(
             "no `*.codes` tensor", "the checkpoint's headers", "quantized linears", INCOMPLETE
         )
-    return ModelScheme("canonical", linears, dense_modules(headers), "qplug", (), keys.block)
+    return ModelScheme("canonical", linears, dense_modules(headers), "qplug", (), claim.block)
 
 
 def adopt(scheme: Scheme) -> Scheme:
@@ -141,6 +148,7 @@ FORMAT = Format(
     ),
     claims=claims,
     layout=layout,
+    parse=parse,
     read=read,
     adopt=adopt,
     write=write,

@@ -36,11 +36,12 @@ from ..block import (
     packed_along,
     stated_group_size,
 )
+from ..claim import Claim, Stated
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import Holds, Layout, Packing, Part
 from ..scheme import ModelScheme, Scheme
-from ..stored import Stated, read_linear
+from ..stored import read_linears
 from ..version import __version__
 
 BITS = (2, 3, 4, 8)
@@ -142,8 +143,10 @@ def zero_rule(made_by: str, bits: int, base_bits: int, dynamic: bool) -> str:
     return "word"
 
 
-def _overrides(keys: Keys, dynamic: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any] | None]:
-    """Compile `dynamic`: module -> overrides, `None` for a module left in full precision.
+def _overrides(
+    keys: Keys, dynamic: Mapping[str, Any]
+) -> Callable[[str], tuple[str, Mapping[str, Any] | None] | None]:
+    """Compile `dynamic`: module -> the rule and its overrides, `None` for full precision.
 
     Patterns come from an untrusted file: `regex` matches as `re` does, and takes a time limit.
     """
@@ -160,13 +163,13 @@ def _overrides(keys: Keys, dynamic: Mapping[str, Any]) -> Callable[[str], Mappin
         if not skip and not isinstance(values, Mapping):
             keys.problem("dynamic", f"{values!r} for {text!r}", "an object of overrides")
             continue
-        rules.append((pattern, None if skip else values))
+        rules.append((text, pattern, None if skip else values))
 
-    def overrides(module: str) -> Mapping[str, Any] | None:
-        for pattern, values in rules:
+    def first_of(module: str) -> tuple[str, Mapping[str, Any] | None] | None:
+        for text, pattern, values in rules:
             try:
                 if pattern.match(module, timeout=MATCH_SECONDS):
-                    return values
+                    return text, values
             except TimeoutError:
                 raise QplugError(
                     f"a pattern of {len(pattern.pattern)} characters that does not come to an end",
@@ -174,22 +177,22 @@ def _overrides(keys: Keys, dynamic: Mapping[str, Any]) -> Callable[[str], Mappin
                     "regular expressions of module names",
                     "correct the config",
                 ) from None
-        return {}
+        return None
 
-    return overrides
+    return first_of
 
 
-def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
-    """Return the `read` of the v1 or v2 format; `rules` chooses the zero rule."""
+def parse_as(name: str, kind: str) -> Callable[[Block | None], Claim]:
+    """Return the `parse` of the format `name`, whose `checkpoint_format` is `kind`."""
 
-    def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
+    def parse(block: Block | None) -> Claim:
         keys = Keys(block)
         block = keys.block
-        kind = checkpoint_format(block)
-        if kind in UNSUPPORTED or kind not in ("gptq", "gptq_v2"):
-            what = UNSUPPORTED.get(kind or "", "an unknown packing")
+        found = checkpoint_format(block)
+        if found != kind:
+            what = UNSUPPORTED.get(found or "", "an unknown packing")
             raise QplugError(
-                f"{kind!r} ({what})",
+                f"{found!r} ({what})",
                 "quantization_config.checkpoint_format",
                 "gptq or gptq_v2",
                 "save it again with checkpoint_format gptq_v2 in the tool that wrote it",
@@ -209,92 +212,132 @@ def read_as(rules: Callable[[str, int, int, bool], str], name: str) -> Any:
         if word != "int32":
             keys.problem("pack_dtype", f"{word!r}", "'int32'")
         keys.get(str, "checkpoint_format", "format")
-        keys.get(bool, "lm_head")
-        overrides = _overrides(keys, dynamic)
-        if packed_along(headers) == "out":
-            keys.problem(
-                "quant_method",
-                "'gptq' over a qweight packed along the outputs",
-                "one packed along the inputs",
-                "correct the config: AWQ packs along the outputs",
-            )
+        lm_head = keys.get(bool, "lm_head")
+        first_of = _overrides(keys, dynamic)
         raise_all(keys.problems)
+        base = Stated(bits, group_size, sym, desc_act)
 
-        made_by = producer(block)
-        modules = modules_with(headers, "qweight", "qzeros")
-        if not modules:
-            raise QplugError(
-                "no `*.qweight` tensor", "the checkpoint's headers", "quantized linears", INCOMPLETE
-            )
-        problems: list[QplugError] = []
-        linears: dict[str, Scheme] = {}
-        flag_without, order_without = [], []
-        for module in modules:
-            own = overrides(module)
-            if own is None:
-                problems.append(
-                    QplugError(
-                        "a quantized linear",
-                        f"{module}.qweight",
-                        "full precision (a `-:` rule of dynamic matches)",
-                        "remove the rule from the config",
-                    )
-                )
-                continue
-            mine = Keys(own, f"quantization_config.dynamic for {module}")
-            stated = Stated(
+        def overrides(module: str) -> Stated | None:
+            found = first_of(module)
+            if found is None or not found[1]:
+                return None
+            mine = Keys(found[1], f"quantization_config.dynamic for {module}")
+            own = Stated(
                 mine.get(int, "bits", default=bits),
                 mine.get(int, "group_size", default=group_size),
                 mine.get(bool, "sym", default=sym),
                 mine.get(bool, "desc_act", default=desc_act),
             )
-            if stated.bits not in BITS:
-                mine.problem("bits", f"{stated.bits}", f"one of {BITS}")
-            if mine.problems:
-                problems += mine.problems
-                continue
-            try:
-                scheme = read_linear(module, stated, layout, headers, peek)
-            except QplugError as error:
-                problems += [error, *error.others]
-                continue
-            rule = rules(made_by, scheme.bits, bits, bool(dynamic))
-            linears[module] = replace(scheme, zero_rule=rule)
-            if scheme.desc_act and not scheme.act_order:
-                flag_without.append(module)
-            if scheme.act_order and not scheme.desc_act:
-                order_without.append(module)
-        some_have = any(scheme.has_g_idx for scheme in linears.values())
-        for module, scheme in linears.items():
-            if not scheme.has_g_idx and (some_have or (scheme.desc_act and scheme.groups > 1)):
-                problems.append(
-                    QplugError(
-                        "no such tensor",
-                        f"{module}.g_idx",
-                        f"I32[{scheme.in_features}], as other linears or desc_act promise",
-                        INCOMPLETE,
-                    )
-                )
-        raise_all(problems)
-        notes = []
-        if flag_without:
-            notes.append(
-                f"desc_act is true but g_idx is in order in {_some(flag_without)}: "
-                "no act order, and engines that go by the flag refuse the file for nothing"
+            if own.bits not in BITS:
+                mine.problem("bits", f"{own.bits}", f"one of {BITS}")
+            raise_all(mine.problems)
+            return own
+
+        def skip(module: str) -> str | None:
+            found = first_of(module)
+            return found[0] if found is not None and found[1] is None else None
+
+        return Claim(
+            format=name,
+            base=base,
+            overrides=overrides,
+            skip=skip,
+            lm_head=lm_head,
+            producer=producer(block),
+            block=block,
+            details={"dynamic": bool(dynamic)},
+        )
+
+    return parse
+
+
+Rules = Callable[[str, int, int, bool], str]
+"""`(producer, bits, base bits, has dynamic) -> zero rule`."""
+
+
+def read_as(parse: Callable[[Block | None], Claim], rules: Rules) -> Any:
+    """Return the `read` of a format; `rules` chooses the zero rule."""
+
+    def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
+        claim = parse(block)
+        if packed_along(headers) == "out":
+            raise QplugError(
+                "'gptq' over a qweight packed along the outputs",
+                "quantization_config.quant_method",
+                "one packed along the inputs",
+                "correct the config: AWQ packs along the outputs",
             )
-        if order_without:
-            notes.append(
-                f"desc_act is false but g_idx is not in order in {_some(order_without)}: "
-                "engines that go by the flag read wrong weights"
-            )
-        head = any(module.rpartition(".")[2] == "lm_head" for module in linears)
-        if keys.get(bool, "lm_head", default=head) is not head:
-            notes.append(
-                f"lm_head is {str(not head).lower()} in the config, and the tensors differ"
-            )
-        return ModelScheme(name, linears, dense_modules(headers), made_by, tuple(notes), block)
+        return read_with(claim, layout, rules, headers, peek)
 
     return read
+
+
+def read_with(
+    claim: Claim,
+    layout: Callable[[Scheme], Layout],
+    rules: Rules,
+    headers: Headers,
+    peek: Peek,
+) -> ModelScheme:
+    """Read the linears of a checkpoint with GPTQ's tensors, each in `layout`."""
+    modules = modules_with(headers, "qweight", "qzeros")
+    if not modules:
+        raise QplugError(
+            "no `*.qweight` tensor", "the checkpoint's headers", "quantized linears", INCOMPLETE
+        )
+    problems = [
+        QplugError(
+            "a quantized linear",
+            f"{module}.qweight",
+            f"full precision (the config says {entry!r})",
+            "remove the rule from the config",
+        )
+        for module in modules
+        if (entry := claim.skip(module)) is not None
+    ]
+    kept = [module for module in modules if claim.skip(module) is None]
+    linears = read_linears(claim, kept, layout, headers, peek, problems)
+    dynamic = bool(claim.details.get("dynamic"))
+    for module, scheme in linears.items():
+        rule = rules(claim.producer, scheme.bits, claim.base.bits, dynamic)
+        linears[module] = replace(scheme, zero_rule=rule)
+    some_have = any(scheme.has_g_idx for scheme in linears.values())
+    for module, scheme in linears.items():
+        if not scheme.has_g_idx and (some_have or (scheme.desc_act and scheme.groups > 1)):
+            problems.append(
+                QplugError(
+                    "no such tensor",
+                    f"{module}.g_idx",
+                    f"I32[{scheme.in_features}], as other linears or desc_act promise",
+                    INCOMPLETE,
+                )
+            )
+    raise_all(problems)
+    notes = _notes(claim, linears)
+    return ModelScheme(
+        claim.format, linears, dense_modules(headers), claim.producer, notes, claim.block
+    )
+
+
+def _notes(claim: Claim, linears: Mapping[str, Scheme]) -> tuple[str, ...]:
+    """Say where flags and tensors differ."""
+    flag_without = [m for m, s in linears.items() if s.desc_act and not s.act_order]
+    order_without = [m for m, s in linears.items() if s.act_order and not s.desc_act]
+    notes = []
+    if flag_without:
+        notes.append(
+            f"desc_act is true but g_idx is in order in {_some(flag_without)}: "
+            "no act order, and engines that go by the flag refuse the file for nothing"
+        )
+    if order_without:
+        notes.append(
+            f"desc_act is false but g_idx is not in order in {_some(order_without)}: "
+            "engines that go by the flag read wrong weights"
+        )
+    head = any(module.rpartition(".")[2] == "lm_head" for module in linears)
+    if claim.lm_head is not None and claim.lm_head is not head:
+        notes.append(f"lm_head is {str(not head).lower()} in the config, and the tensors differ")
+    return tuple(notes)
 
 
 def _some(modules: list[str]) -> str:
@@ -340,6 +383,8 @@ def write_as(kind: str) -> Callable[[ModelScheme], Written]:
     return write
 
 
+_parse = parse_as("gptq", "gptq")
+
 FORMAT = Format(
     name="gptq",
     aliases=("gptq_v1",),
@@ -355,7 +400,8 @@ FORMAT = Format(
     ),
     claims=claims,
     layout=layout,
-    read=read_as(zero_rule, "gptq"),
+    parse=_parse,
+    read=read_as(_parse, zero_rule),
     adopt=adopt,
     write=write_as("gptq"),
     zero_rules=("plain", "legacy3", "word:2", "word:4", "word:8", "word", "field"),

@@ -21,6 +21,8 @@ def adopt(scheme: Scheme) -> Scheme:
     return gptq.adopt(scheme, "as_is")
 
 
+_parse = gptq.parse_as("gptq_v2", "gptq_v2")
+
 FORMAT = Format(
     name="gptq_v2",
     aliases=("gptq-v2",),
@@ -36,7 +38,8 @@ FORMAT = Format(
     ),
     claims=claims,
     layout=gptq.layout,
-    read=gptq.read_as(lambda *_: "as_is", "gptq_v2"),
+    parse=_parse,
+    read=gptq.read_as(_parse, lambda *_: "as_is"),
     adopt=adopt,
     write=gptq.write_as("gptq_v2"),
     foreign_rules=(("plain", "v1"),),
