@@ -41,11 +41,13 @@ class ZeroFacts:
 class ScaleFacts:
     """Whether float16 holds the scales of a linear.
 
-    `exact`: every one as it is. `kept`: none overflows or becomes 0.
+    `exact`: every one as it is. `kept`: none overflows or becomes 0. `products`: on a grid of
+    offsets, whether each offset is -(scale * zero) exactly.
     """
 
     exact: bool
     kept: bool
+    products: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from . import bitstream, zeros
 from .errors import QplugError, raise_all
 from .format import Format, Peek
-from .layout import Holds, Part, swapped
-from .scheme import ModelScheme, ScaleFacts, Scheme, ZeroFacts
+from .layout import Holds, Layout, Part, swapped
+from .scheme import Kind, ModelScheme, ScaleFacts, Scheme, ZeroFacts
 from .shards import REPAIR
 
 BLOCK = 1 << 18
@@ -53,8 +53,19 @@ def survey(tensors: HasPeek, found: Format, model: ModelScheme) -> ModelScheme:
     for module, scheme in model.linears.items():
         layout = found.layout(scheme)
         part, scales = layout.part(Holds.ZEROS), layout.part(Holds.SCALES)
-        assert part is not None
+        if scheme.kind is Kind.OFFSET:
+            linears[module] = _offset_facts(tensors, module, layout, scheme)
+            continue
+        if scheme.kind is not Kind.AFFINE:
+            linears[module] = scheme
+            continue
         assert scales is not None
+        if part is None:  # a symmetric file that stores no zeros
+            count = scheme.out_features * scheme.groups
+            facts = ZeroFacts(scheme.midpoint, scheme.midpoint, count, count)
+            scale_facts = _scale_facts(tensors, module, scales)
+            linears[module] = replace(scheme, zeros=facts, scales=scale_facts)
+            continue
         facts = _facts(tensors, module, part, scheme, scheme.zero_rule)
         if scheme.sym and not facts.symmetric and not model.forced:
             rule = _fitting(tensors, module, part, scheme, found.zero_rules)
@@ -183,16 +194,44 @@ def _mislabelled(
     ]
 
 
+def _floats(raw: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
+    """Return stored floats, which NumPy may not know, as float32."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32)
+
+
+def _offset_facts(tensors: HasPeek, module: str, layout: Layout, scheme: Scheme) -> Scheme:
+    """Recover the integer zeros of a grid of offsets: zero = rint(-offset / scale).
+
+    The weights stay the same bit for bit where every offset is -(scale * zero).
+    """
+    parts = {part.holds: part for part in layout}
+    found = {}
+    for holds in (Holds.SCALES, Holds.OFFSETS):
+        part = parts[holds]
+        raw = rearrange(tensors.peek(f"{module}.{part.name}"), swapped(part.stream))
+        found[holds] = _floats(raw[:, : scheme.groups], part.dtype)
+    scales, offsets = found[Holds.SCALES], found[Holds.OFFSETS]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exact = np.rint(-offsets / scales)
+    zero = np.where(scales == 0, 0, exact)
+    if not np.isfinite(zero).all():  # refused, with its own sentence, when it is decoded
+        return scheme
+    products = bool((scales.astype(np.float64) * zero == -offsets).all())
+    facts = ZeroFacts(
+        int(zero.min()), int(zero.max()), int((zero == scheme.midpoint).sum()), int(zero.size)
+    )
+    scale_facts = replace(_scale_facts(tensors, module, parts[Holds.SCALES]), products=products)
+    return replace(scheme, zeros=facts, scales=scale_facts)
+
+
 def _scale_facts(tensors: HasPeek, module: str, part: Part) -> ScaleFacts:
     """Say whether float16 holds the scales of one linear."""
     if part.dtype == "F16":
         return ScaleFacts(exact=True, kept=True)
     raw = tensors.peek(f"{module}.{part.name}")
-    wide = (
-        (raw.astype(np.uint32) << 16).view(np.float32)
-        if part.dtype == "BF16"
-        else raw.astype(np.float32)
-    )
+    wide = _floats(raw, part.dtype)
     with np.errstate(over="ignore"):
         half = wide.astype(np.float16).astype(np.float32)
     lost = ~np.isfinite(half) | ((half == 0) & (wide != 0))

@@ -71,9 +71,24 @@ def test_read_of_write(target: Format, data: st.DataObject, seed: int) -> None:
         assert verify(checkpoint, open_checkpoint(Path(tmp, "c"))).same
 
 
-@pytest.mark.parametrize("source", STORED, ids=lambda f: f.name)
-@pytest.mark.parametrize("target", FORMATS, ids=lambda f: f.name)
-@settings(max_examples=10, deadline=None)
+def alike(one: Format, two: Format) -> bool:
+    """Whether some scheme fits both."""
+    if one.capacity is None or two.capacity is None:
+        return True
+    return one.capacity.kind is two.capacity.kind and bool(
+        set(one.capacity.bits) & set(two.capacity.bits)
+    )
+
+
+PAIRS = [(a, b) for a in STORED for b in FORMATS]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [pair for pair in PAIRS if alike(*pair)],
+    ids=lambda f: f.name,
+)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data(), seed=seeds)
 def test_what_both_can_hold_goes_there_and_back(
     source: Format, target: Format, data: st.DataObject, seed: int
@@ -111,9 +126,8 @@ def wishes(draw: st.DrawFn, target: Format) -> Wishes:
 OUTCOMES: Counter[Verdict] = Counter()
 
 
-@pytest.mark.parametrize("source", STORED, ids=lambda f: f.name)
-@pytest.mark.parametrize("target", FORMATS, ids=lambda f: f.name)
-@settings(max_examples=10, deadline=None)
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda f: f.name)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data(), seed=seeds)
 def test_a_plan_keeps_its_promise(
     source: Format, target: Format, data: st.DataObject, seed: int
@@ -140,7 +154,7 @@ def test_plans_of_every_kind_were_drawn() -> None:
     """The law above would be empty if every draw were refused."""
     if sum(OUTCOMES.values()) < 100:
         pytest.skip("runs after test_a_plan_keeps_its_promise")
-    assert min(OUTCOMES[v] for v in (Verdict.EXACT, Verdict.ROUNDED, Verdict.REQUANTIZED)) > 10
+    assert min(OUTCOMES[v] for v in (Verdict.EXACT, Verdict.ROUNDED, Verdict.REQUANTIZED)) > 5
 
 
 # Mutations: each single change of a checkpoint is found by `check` or by `verify` ----------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,18 @@ from qplug_converters.errors import QplugError
 from qplug_converters.execute import blocks_of, rows_of
 from qplug_converters.format import Format
 from qplug_converters.layout import TensorSpec
-from qplug_converters.scheme import ModelScheme, Scheme
+from qplug_converters.scheme import Kind, ModelScheme, Scheme
 from qplug_converters.shards import read_header
 from qplug_converters.survey import survey
 from qplug_converters.verify import verify
-from qplug_converters.weight import AffineGrid, QuantizedWeight
+from qplug_converters.weight import (
+    AffineGrid,
+    CodebookGrid,
+    Grid,
+    OffsetGrid,
+    QuantizedWeight,
+    RowGrid,
+)
 from qplug_converters.writer import Writer
 
 MODULES = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
@@ -53,7 +60,16 @@ def schemes(draw: st.DrawFn, target: Format, also: Format | None = None) -> Sche
     else:
         group = draw(st.sampled_from([d for d in range(1, inp + 1) if inp % d == 0]))
     dtypes = [d for d in holds.scale_dtypes if all(d in h.scale_dtypes for h in both)]
-    scheme = Scheme(out, inp, bits, group, scale_dtype=draw(st.sampled_from(dtypes)))
+    if sizes := [set(h.group_sizes) for h in both if h.group_sizes]:
+        group = draw(st.sampled_from(sorted(set.intersection(*sizes))))
+        inp = lcm(step_in, group) * draw(st.integers(1, 2))
+    if holds.kind is Kind.CODEBOOK:
+        group = draw(st.sampled_from((32, 64, 128)))
+    if holds.kind is Kind.ROWS:
+        group = inp
+    scheme = Scheme(
+        out, inp, bits, group, scale_dtype=draw(st.sampled_from(dtypes)), kind=holds.kind
+    )
     act_order = all(h.act_order for h in both) and scheme.groups > 1 and draw(st.booleans())
     return target.adopt(replace(scheme, act_order=act_order, desc_act=act_order))
 
@@ -65,6 +81,8 @@ def weight_of(
     both = [f.capacity for f in (target, also) if f is not None and f.capacity is not None]
     rng = torch.Generator().manual_seed(seed)
     out, inp, groups = scheme.out_features, scheme.in_features, scheme.groups
+    if scheme.kind is not Kind.AFFINE:
+        return _other_weight(scheme, rng)
     codes = torch.randint(0, 1 << scheme.bits, (out, inp), generator=rng, dtype=torch.uint8)
     low = max(holds.zeros(scheme.bits)[0] for holds in both)
     high = min(holds.zeros(scheme.bits)[1] for holds in both)
@@ -82,22 +100,36 @@ def weight_of(
     return QuantizedWeight(codes, scheme.bits, AffineGrid(scales, zeros, scheme.group_size, g_idx))
 
 
+def _other_weight(scheme: Scheme, rng: torch.Generator) -> QuantizedWeight:
+    """Make a weight on a grid that is not affine."""
+    out, inp, groups = scheme.out_features, scheme.in_features, scheme.groups
+    codes = torch.randint(0, 1 << scheme.bits, (out, inp), generator=rng, dtype=torch.uint8)
+    if scheme.kind is Kind.ROWS:
+        grid: Grid = RowGrid(torch.rand(out, generator=rng) + 0.01)
+    elif scheme.kind is Kind.OFFSET:
+        scales = (torch.rand(out, groups, generator=rng) + 0.01).half()
+        zeros = torch.randint(0, 16, (out, groups), generator=rng)
+        grid = OffsetGrid(scales, -(scales.float() * zeros).half(), scheme.group_size)
+    else:
+        assert scheme.codebook is not None
+        table = torch.frombuffer(bytearray(scheme.codebook.table), dtype=torch.float32)
+        blocks = scheme.sizes["block"]
+        grid = CodebookGrid(table, torch.rand(blocks, generator=rng) + 0.01, scheme.group_size)
+    return QuantizedWeight(codes, scheme.bits, grid)
+
+
 def same(one: QuantizedWeight, two: QuantizedWeight) -> bool:
     """Whether two weights are equal field by field, dtypes included."""
-    pairs = [
-        (one.codes, two.codes),
-        (one.grid.scales, two.grid.scales),
-        (one.grid.zeros, two.grid.zeros),
-    ]
-    if (one.grid.g_idx is None) != (two.grid.g_idx is None):
+    if type(one.grid) is not type(two.grid) or one.bits != two.bits:
         return False
-    if one.grid.g_idx is not None and two.grid.g_idx is not None:
-        pairs.append((one.grid.g_idx, two.grid.g_idx))
-    return (
-        one.bits == two.bits
-        and one.grid.group_size == two.grid.group_size
-        and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
-    )
+    pairs = [(one.codes, two.codes)]
+    for item in fields(one.grid):
+        a, b = getattr(one.grid, item.name), getattr(two.grid, item.name)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            pairs.append((a, b))
+        elif a != b:
+            return False
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 def specs_of(stored: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
@@ -138,7 +170,7 @@ def fast_equals_literal(target: Format, scheme: Scheme, weight: QuantizedWeight)
     for part in target.layout(scheme):
         if part.packing is None:
             continue
-        values = weight.codes if part.holds.value == "codes" else weight.grid.zeros
+        values = codec._held(weight, part.holds)
         literal = codec._literal_pack(part, values)
         fast = codec.pack_part(part, values)
         assert torch.equal(fast, literal)
