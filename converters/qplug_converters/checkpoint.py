@@ -1,7 +1,7 @@
-"""Opened checkpoints: a folder, its config, and what they say is quantized; never a pickle.
+"""Opened checkpoints: files, config, and what they say is quantized; never a pickle.
 
 A checkpoint is untrusted: names in an index are plain file names, and links must not leave the
-folder.
+folder. Where the files lie is its `Source`: a folder, or a place they are fetched from.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from . import formats, zeros
 from .errors import QplugError, Unsupported, raise_all
 from .format import Format
 from .scheme import ModelScheme
-from .shards import REPAIR, Shards, read_json, unreadable
+from .shards import MAX_HEADER, Shards, parse_json
+from .source import PICKLES, REPAIR, Folder, Source, Span, plain
 
 INDEX = "model.safetensors.index.json"
 SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLES)
 
 
 class Checkpoint:
-    """An opened folder: config, headers, and tensors when asked for.
+    """An opened checkpoint: config, headers, and tensors when asked for.
 
     Attributes
     ----------
+    source : Source
+        Where its files lie.
     folder : Path
-        The folder.
+        The folder in which they lie, or will lie once they are fetched.
     config : dict
         config.json.
     block : dict or None
@@ -41,72 +43,52 @@ class Checkpoint:
         The zero rule that replaces the one chosen from the producer.
     """
 
-    def __init__(self, folder: Path, zero_rule: str | None = None) -> None:
-        self.folder = folder
+    def __init__(self, source: Source, zero_rule: str | None = None) -> None:
+        self.source = source
+        self.folder = source.folder
         self.zero_rule = zero_rule
-        self.config = read_json(self._inside("config.json"))
-        shards = Shards(self._find_shards())
+        self._names = source.names()
+        self.config = self.read_json("config.json")
+        shards = Shards(self._find_shards(), source)
         self.shards, self.locations, self.headers = shards.files, shards.locations, shards.headers
+        self.forget = shards.forget
         self.peek, self.tensor, self.raw = shards.peek, shards.tensor, shards.raw
         raise_all(shards.problems + self._check_index())
         self.block, self.block_where = self._find_block()
 
     # Files ------------------------------------------------------------------------------------
 
-    def _inside(self, name: str) -> Path:
-        """Return the path of a file of the checkpoint; refuse one that leads out of the folder.
+    @property
+    def title(self) -> str:
+        """What errors call the checkpoint."""
+        return self.source.title
 
-        The layout of huggingface_hub's cache (snapshots/<revision>/x -> ../../blobs/<hash>) is
-        the one link that may leave it.
-        """
-        path = self.folder / name
-        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
-            raise QplugError(f"{name!r}", "an entry of the index", "a plain file name", REPAIR)
-        try:
-            real, root = path.resolve(), self.folder.resolve()
-            exists, regular = path.exists(), path.is_file()
-        except OSError as error:
-            raise unreadable(path, error) from None
-        except RuntimeError:  # what pathlib raises for a loop
-            raise QplugError("a link to itself", str(path), "a file", REPAIR) from None
-        blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-        if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
-            raise QplugError(
-                f"a link to {real}", name, "a file inside the folder", "copy the file into it"
-            )
-        if not exists:
-            pickled = [p.name for p in self.folder.glob("*") if p.suffix in PICKLES]
-            if name.endswith(".safetensors") and pickled:
-                raise QplugError(
-                    f"only {pickled[0]}, a pickle, which can run any code",
-                    str(self.folder),
-                    "safetensors files",
-                    "let the tool that wrote it save safetensors",
-                )
-            linked = path.is_symlink()
-            raise QplugError(
-                "a link to nothing" if linked else "no such file",
-                str(path),
-                "a file" if linked else "config.json and safetensors files",
-                "check the path, or download what is missing",
-            )
-        if not regular:
-            raise QplugError("no regular file", str(path), "a file", REPAIR)
-        return path
+    def read_bytes(self, name: str) -> bytes:
+        """Return a small file of the checkpoint."""
+        plain(name)
+        self.source.path(name)
+        size = self.source.size(name)
+        if size > MAX_HEADER:
+            raise QplugError(f"{size} bytes", name, f"at most {MAX_HEADER}", REPAIR)
+        return self.source.read([Span(name, 0, size)])[0] if size else b""
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object from a file of the checkpoint."""
+        return parse_json(self.read_bytes(name), name)
 
     def _find_shards(self) -> tuple[Path, ...]:
         """Return the shards: those of an index, else the only safetensors file there is."""
-        indexes = sorted(self.folder.glob("*.safetensors.index.json"))
+        indexes = [n for n in self._names if n.endswith(".safetensors.index.json")]
         if len(indexes) > 1:
             raise QplugError(
-                f"{indexes[0].name} and {indexes[1].name}",
-                str(self.folder),
+                f"{indexes[0]} and {indexes[1]}",
+                self.title,
                 "one index",
                 "remove the one that is not of this model",
             )
         self._weight_map: dict[str, str] = {}
         if indexes:
-            index = read_json(self._inside(indexes[0].name))
+            index = self.read_json(indexes[0])
             weights = index.get("weight_map")
             if (
                 not isinstance(weights, dict)
@@ -114,22 +96,22 @@ class Checkpoint:
                 or not all(isinstance(v, str) for v in weights.values())
             ):
                 raise QplugError(
-                    "no weight_map of names", indexes[0].name, "file names by tensor", REPAIR
+                    "no weight_map of names", indexes[0], "file names by tensor", REPAIR
                 )
             self._weight_map = weights
-            return tuple(self._inside(name) for name in dict.fromkeys(weights.values()))
-        files = sorted(self.folder.glob("*.safetensors"))
+            return tuple(self.source.path(plain(n)) for n in dict.fromkeys(weights.values()))
+        files = [n for n in self._names if n.endswith(".safetensors")]
         if len(files) > 1:
-            named = [f for f in files if f.name == "model.safetensors"]
-            if not named:
+            files = [n for n in files if n == "model.safetensors"]
+            if not files:
                 raise QplugError(
-                    f"{len(files)} safetensors files and no index",
-                    str(self.folder),
+                    f"{len([n for n in self._names if n.endswith('.safetensors')])} safetensors "
+                    "files and no index",
+                    self.title,
                     f"an {INDEX}",
                     "download the index too",
                 )
-            files = named
-        return (self._inside(files[0].name if files else "model.safetensors"),)
+        return (self.source.path(files[0] if files else "model.safetensors"),)
 
     def _check_index(self) -> list[QplugError]:
         """Compare the index with the headers."""
@@ -157,16 +139,22 @@ class Checkpoint:
         return problems
 
     @property
-    def other_files(self) -> list[Path]:
-        """Files that belong to the model and hold no weights (tokenizer, templates, licence)."""
+    def other_names(self) -> list[str]:
+        """Names of the files of the model that hold no weights (tokenizer, templates, licence)."""
         return [
-            self._inside(path.name)
-            for path in sorted(self.folder.iterdir())
-            if not path.is_dir()
-            and not path.name.startswith(".")
-            and path.name not in ("config.json", "qplug-certificate.json", *SIDE_CONFIGS)
-            and not path.name.endswith((*OTHER_WEIGHTS, ".index.json"))
+            name
+            for name in self._names
+            if not name.endswith(("/", *OTHER_WEIGHTS, ".index.json"))
+            and not name.startswith(".")
+            and name not in ("config.json", "qplug-certificate.json", *SIDE_CONFIGS)
         ]
+
+    @property
+    def other_files(self) -> list[Path]:
+        """The files of `other_names`; those elsewhere are fetched."""
+        paths = [self.source.path(plain(name)) for name in self.other_names]
+        self.source.need(self.other_names)
+        return paths
 
     # Config -----------------------------------------------------------------------------------
 
@@ -182,7 +170,7 @@ class Checkpoint:
         text = self.config.get("text_config")
         if isinstance(text, dict):
             places.append((text.get("quantization_config"), "config.json text_config"))
-        places += [(read_json(self._inside(name)), name) for name in self.side_configs]
+        places += [(self.read_json(name), name) for name in self.side_configs]
         present = [(block, where) for block, where in places if block is not None]
         for block, where in present:
             if not isinstance(block, dict):
@@ -201,7 +189,7 @@ class Checkpoint:
     @property
     def side_configs(self) -> list[str]:
         """Names of the config files that old tools wrote beside config.json."""
-        return [name for name in SIDE_CONFIGS if (self.folder / name).exists()]
+        return [name for name in SIDE_CONFIGS if name in self._names]
 
     @staticmethod
     def _compare(first: dict[str, Any], at: str, second: dict[str, Any], where: str) -> None:
@@ -246,14 +234,14 @@ class Checkpoint:
             method = (self.block or {}).get("quant_method")
             raise Unsupported(
                 f"quant_method {method!r}" if method else "no known quantization",
-                str(self.folder),
+                self.title,
                 f"one of {', '.join(f.name for f in formats.FORMATS if f.read)}",
                 "see `qplug formats`",
             )
         if wanted is not None and found is not wanted:
             raise QplugError(
                 f"format {found.name}",
-                str(self.folder),
+                self.title,
                 f"{wanted.name}, as --from says",
                 "leave out --from, or correct it",
             )
@@ -270,7 +258,7 @@ class Checkpoint:
         if found.read is None:
             raise QplugError(
                 "a checkpoint that is not quantized",
-                str(self.folder),
+                self.title,
                 "quantized weights",
                 "`qplug quantize` starts from full precision",
             )
@@ -278,7 +266,7 @@ class Checkpoint:
             model = found.read(self.block, self.headers, self.peek)
         except QplugError as error:
             if not error.where:
-                error.where = str(self.folder)
+                error.where = self.title
             raise
         forced = zero_rule if zero_rule is not None else self.zero_rule
         if forced is not None:
@@ -304,10 +292,10 @@ class Checkpoint:
         """Folders, and files of weights that no index names: what a conversion does not carry."""
         mine = {shard.name for shard in self.shards}
         return [
-            f"{path.name}/" if path.is_dir() else path.name
-            for path in sorted(self.folder.iterdir())
-            if not path.name.startswith(".")
-            and (path.is_dir() or (path.name.endswith(OTHER_WEIGHTS) and path.name not in mine))
+            name
+            for name in self._names
+            if not name.startswith(".")
+            and (name.endswith("/") or (name.endswith(OTHER_WEIGHTS) and name not in mine))
         ]
 
 
@@ -329,18 +317,21 @@ def _force_rule(model: ModelScheme, found: Format, rule: str) -> ModelScheme:
     return replace(model, linears=linears, forced=changed)
 
 
-def open_checkpoint(source: str | Path, zero_rule: str | None = None) -> Checkpoint:
-    """Open a checkpoint folder: its config and headers are read and checked, no tensor is.
+def open_checkpoint(source: str | Path | Source, zero_rule: str | None = None) -> Checkpoint:
+    """Open a checkpoint: its config and headers are read and checked, no tensor is.
 
-    `zero_rule` replaces the GPTQ v1 zero rule that would be chosen from the producer.
+    `source` is a folder, or a `Source` whose files lie elsewhere. `zero_rule` replaces the GPTQ v1
+    zero rule that would be chosen from the producer.
 
     Raises
     ------
     QplugError
         If it is no folder, holds pickles only, or a file is damaged; all damage at once.
     """
+    if not isinstance(source, str | Path):
+        return Checkpoint(source, zero_rule)
     folder = Path(source)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
         raise QplugError(found, str(folder), "a checkpoint folder", "check the path")
-    return Checkpoint(folder, zero_rule)
+    return Checkpoint(Folder(folder), zero_rule)

@@ -22,7 +22,6 @@ from .errors import QplugError
 from .layout import Holds, Layout, Part, TensorSpec
 from .plan import Plan, Step
 from .scheme import Scheme
-from .shards import read_json
 from .threads import workers
 from .version import __version__
 from .weight import QuantizedWeight
@@ -182,7 +181,7 @@ def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any]
     """Return config.json and the side files of the converted checkpoint."""
     config = dict(checkpoint.config)
     if plan.copied_whole:
-        return config, {n: read_json(checkpoint.folder / n) for n in checkpoint.side_configs}
+        return config, {n: checkpoint.read_json(n) for n in checkpoint.side_configs}
     text = config.get("text_config")
     if isinstance(text, Mapping) and "quantization_config" in text:
         config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
@@ -204,7 +203,7 @@ def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
         "source": {
             "format": plan.source.name,
             "producer": plan.model.producer,
-            "files": {shard.name: shard.stat().st_size for shard in checkpoint.shards},
+            "files": {s.name: checkpoint.source.size(s.name) for s in checkpoint.shards},
             "notes": list(plan.model.notes),
         },
         "target": plan.target.name,

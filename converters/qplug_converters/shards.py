@@ -1,6 +1,8 @@
 """The safetensors files of a checkpoint: headers checked, tensors as views of memory maps.
 
 A file is untrusted: its header is checked against the file before anything is read from it.
+Of files that are elsewhere (`source.Source`), headers and the few small tensors that decide are
+read by ranges; a file is fetched whole when a tensor is asked for.
 Nothing here imports torch until a tensor is asked for.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,13 +21,21 @@ from numpy.typing import NDArray
 
 from .errors import QplugError, Unsupported
 from .layout import ITEMSIZE, TensorSpec
+from .source import REPAIR, Source, Span, unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-REPAIR = "download the file again, or correct it"
+DAMAGED = "download the file again"
 MAX_HEADER = 100_000_000
 """Bytes: the limit of the safetensors library itself."""
+
+GUESS = 1 << 17
+"""Bytes of a file elsewhere that are asked for at first: most headers fit."""
+WINDOW = 1 << 24
+"""Bytes of small tensors elsewhere that are read ahead."""
+GAP = 1 << 16
+"""Bytes between two tensors that are rather read than asked for around."""
 
 _NUMPY = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16,
@@ -66,26 +76,81 @@ def _unique(where: str) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; duplicate keys, other values and undecodable text are errors."""
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_unique(path.name))
+        raw = path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from None
+    return parse_json(raw, path.name)
+
+
+def parse_json(raw: bytes, name: str) -> dict[str, Any]:
+    """Return a JSON object from the bytes of the file `name`; see `read_json`."""
+    try:
+        found = json.loads(raw, object_pairs_hook=_unique(name))
     except (ValueError, RecursionError) as error:
-        raise QplugError(f"no JSON ({error})", path.name, "a JSON object", REPAIR) from None
+        raise QplugError(f"no JSON ({error})", name, "a JSON object", REPAIR) from None
     if not isinstance(found, dict):
         kind = "null" if found is None else type(found).__name__
-        raise QplugError(f"a JSON {kind}", path.name, "a JSON object", REPAIR)
+        raise QplugError(f"a JSON {kind}", name, "a JSON object", REPAIR)
     return found
 
 
-def unreadable(path: Path, error: OSError) -> QplugError:
-    """Say that the system refuses to read a file."""
-    return QplugError(
-        f"cannot be read ({error.strerror})", str(path), fix="check the path and its permissions"
-    )
-
-
 def read_header(path: Path) -> dict[str, Location]:
-    """Read the header of a safetensors file: where each tensor lies.
+    """Read the header of a local safetensors file: where each tensor lies.
+
+    Raises
+    ------
+    QplugError
+        If the file is truncated or its header lies.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = _header_length(path.name, size, file.read(8))
+            raw = file.read(length)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return parse_header(path, size, raw)
+
+
+def read_headers(source: Source, names: Sequence[str]) -> list[dict[str, Location]]:
+    """Read the headers of safetensors files wherever they lie.
+
+    Of a file elsewhere its first `GUESS` bytes are read, and the rest of the header where that is
+    longer: of all files at once, without anything else of them.
+    """
+    paths = {name: source.path(name) for name in names}
+    away = [name for name in names if not source.here(name)]
+    sizes = {name: source.size(name) for name in away}
+    begun = source.read([Span(name, 0, min(GUESS, sizes[name])) for name in away])
+    heads = dict(zip(away, begun, strict=True))
+    lengths = {name: _header_length(name, sizes[name], head[:8]) for name, head in heads.items()}
+    longer = [name for name in away if 8 + lengths[name] > len(heads[name])]
+    rest = source.read([Span(n, len(heads[n]), 8 + lengths[n]) for n in longer])
+    for name, more in zip(longer, rest, strict=True):
+        heads[name] += more
+    return [
+        parse_header(paths[name], sizes[name], heads[name][8 : 8 + lengths[name]])
+        if name in heads
+        else read_header(paths[name])
+        for name in names
+    ]
+
+
+def _header_length(name: str, size: int, head: bytes) -> int:
+    """Return the length of a header from the first eight bytes of a file of `size` bytes."""
+    length = int.from_bytes(head, "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise QplugError(
+            f"a header of {length} bytes in a file of {size}",
+            name,
+            "a whole safetensors file",
+            DAMAGED,
+        )
+    return length
+
+
+def parse_header(path: Path, size: int, raw: bytes) -> dict[str, Location]:
+    """Return where each tensor lies, from the header of a safetensors file of `size` bytes.
 
     The checks are those of the safetensors library (no hole, no overlap, sizes that match shapes)
     and one it lacks (no name twice), each naming the tensor.
@@ -93,33 +158,18 @@ def read_header(path: Path) -> dict[str, Location]:
     Raises
     ------
     QplugError
-        If the file is truncated or its header lies.
+        If the header lies.
     """
     name = path.name
-    damaged = "download the file again"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise QplugError(
-                    f"a header of {length} bytes in a file of {size}",
-                    name,
-                    "a whole safetensors file",
-                    damaged,
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise unreadable(path, error) from None
     try:
         # Decoded here: json itself would guess UTF-16 and UTF-32 too, which no other reader does.
         header = json.loads(raw.decode(), object_pairs_hook=_unique(name))
     except (ValueError, RecursionError) as error:
-        raise QplugError(f"no JSON header ({error})", name, "a safetensors file", damaged) from None
+        raise QplugError(f"no JSON header ({error})", name, "a safetensors file", DAMAGED) from None
     if not isinstance(header, dict):
-        raise QplugError("a header that is no object", name, "a safetensors file", damaged)
+        raise QplugError("a header that is no object", name, "a safetensors file", DAMAGED)
     header.pop("__metadata__", None)
-    start = 8 + length
+    start = 8 + len(raw)
     found: dict[str, Location] = {}
     spans = []
     for tensor, entry in header.items():
@@ -132,7 +182,7 @@ def read_header(path: Path) -> dict[str, Location]:
         except (KeyError, TypeError, ValueError):  # UnicodeError is a ValueError
             whole = False
         if not whole:
-            raise QplugError("a damaged entry", where, "dtype, shape and data_offsets", damaged)
+            raise QplugError("a damaged entry", where, "dtype, shape and data_offsets", DAMAGED)
         if dtype not in ITEMSIZE:
             raise Unsupported(
                 f"dtype {dtype!r}",
@@ -145,21 +195,21 @@ def read_header(path: Path) -> dict[str, Location]:
                 f"{end - begin} bytes",
                 where,
                 f"{ITEMSIZE[dtype] * prod(shape)} for {TensorSpec(dtype, shape)}",
-                damaged,
+                DAMAGED,
             )
         spans.append((begin, end, where))
         found[tensor] = Location(path, start + begin, TensorSpec(dtype, shape))
     at = 0
     for begin, end, where in sorted(spans):
         if begin != at:
-            raise QplugError(f"data from byte {begin}", where, f"from byte {at}", damaged)
+            raise QplugError(f"data from byte {begin}", where, f"from byte {at}", DAMAGED)
         at = end
     if start + at != size:
         raise QplugError(
             f"{size - start} bytes of data",
             name,
             f"{at} (the shard is truncated or padded)",
-            damaged,
+            DAMAGED,
         )
     return found
 
@@ -179,22 +229,31 @@ class Shards:
         Names that stand in more than one file; for the caller to raise, with what else is wrong.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], source: Source | None = None) -> None:
         self.files = tuple(files)
         self.locations: dict[str, Location] = {}
         self.problems: list[QplugError] = []
-        for file in self.files:
-            for name, location in read_header(file).items():
+        self._source = source
+        headers = (
+            [read_header(file) for file in self.files]
+            if source is None
+            else read_headers(source, [file.name for file in self.files])
+        )
+        for file, header in zip(self.files, headers, strict=True):
+            for name, location in header.items():
                 if name in self.locations:
                     both = f"in {self.locations[name].file.name} and {file.name}"
                     self.problems.append(QplugError(both, name, "one tensor of this name", REPAIR))
                 self.locations[name] = location
         self.headers = {name: location.spec for name, location in self.locations.items()}
         self._maps: dict[Path, mmap.mmap] = {}
+        self._ahead: dict[str, dict[str, bytes]] = {}
 
     def _bytes(self, name: str) -> tuple[mmap.mmap, Location]:
         location = self.locations[name]
         if location.file not in self._maps:
+            if self._source is not None:
+                self._source.need([location.file.name])
             try:
                 with location.file.open("rb") as file:
                     self._maps[location.file] = mmap.mmap(
@@ -204,15 +263,63 @@ class Shards:
                 raise unreadable(location.file, error) from None
         return self._maps[location.file], location
 
+    def forget(self, file: Path) -> None:
+        """Let go of a file that is about to be removed; views of it stay valid."""
+        self._maps.pop(file, None)
+
     def peek(self, name: str) -> NDArray[np.generic]:
-        """Return a tensor as a NumPy view, without torch; bfloat16 comes as uint16."""
-        data, location = self._bytes(name)
+        """Return a small tensor as a NumPy array, without torch; bfloat16 comes as uint16.
+
+        A view where the file is here. Elsewhere it is read, and with it, up to `WINDOW` bytes,
+        those that come after it and have the same last name: who asks for one `g_idx` asks for
+        the next.
+        """
+        location = self.locations[name]
         dtype = np.dtype(_NUMPY[location.spec.dtype])
         count = prod(location.spec.shape)
+        if self._source is not None and not self._source.here(location.file.name):
+            raw = bytearray(self._read_ahead(self._source, name))
+            return np.frombuffer(raw, dtype, count).reshape(location.spec.shape)
+        data, location = self._bytes(name)
         if location.offset % dtype.itemsize:  # legal in the format, not for a typed view
             raw = bytearray(data[location.offset : location.offset + location.spec.nbytes])
             return np.frombuffer(raw, dtype, count).reshape(location.spec.shape)
         return np.frombuffer(data, dtype, count, location.offset).reshape(location.spec.shape)
+
+    def _read_ahead(self, source: Source, name: str) -> bytes:
+        """Return the bytes of a tensor that is elsewhere."""
+        kind = name.rpartition(".")[2]
+        if name not in self._ahead.get(kind, ()):
+            alike = [n for n in self.locations if n.rpartition(".")[2] == kind]
+            chosen: list[str] = []
+            total = 0
+            for other in alike[alike.index(name) :]:
+                total += self.headers[other].nbytes
+                if (chosen and total > WINDOW) or source.here(self.locations[other].file.name):
+                    break
+                chosen.append(other)
+            self._ahead[kind] = self._read(source, chosen)
+        return self._ahead[kind][name]
+
+    def _read(self, source: Source, names: Sequence[str]) -> dict[str, bytes]:
+        """Read tensors by ranges; those that lie close together by one."""
+        spans: list[Span] = []
+        places: dict[str, tuple[int, int]] = {}
+        ordered = sorted(names, key=lambda n: (self.locations[n].file, self.locations[n].offset))
+        for name in ordered:
+            place = self.locations[name]
+            begin, end = place.offset, place.offset + place.spec.nbytes
+            last = spans[-1] if spans else None
+            if last is not None and last.name == place.file.name and begin - last.end <= GAP:
+                spans[-1] = Span(last.name, last.begin, end)
+            else:
+                spans.append(Span(place.file.name, begin, end))
+            places[name] = (len(spans) - 1, begin - spans[-1].begin)
+        data = source.read(spans)
+        return {
+            name: data[span][at : at + self.headers[name].nbytes]
+            for name, (span, at) in places.items()
+        }
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor as a view of the memory map."""
@@ -223,6 +330,7 @@ class Shards:
         spec = self.locations[name].spec
         if 0 in spec.shape:
             return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+        self._bytes(name)  # a file elsewhere is fetched, not peeked at
         view = torch.from_numpy(self.peek(name).view(np.uint8).reshape(-1))
         return view.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
 

@@ -20,7 +20,7 @@ from .errors import QplugError, raise_all
 from .format import Format, Peek
 from .layout import Holds, Layout, Part, swapped
 from .scheme import Kind, ModelScheme, ScaleFacts, Scheme, ZeroFacts
-from .shards import REPAIR
+from .source import REPAIR
 
 BLOCK = 1 << 18
 """Stored words read at a time: a block of decoded zeros takes at most 40 MB."""

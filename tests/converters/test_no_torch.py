@@ -21,6 +21,8 @@ MODULES = (
     "block",
     "bitstream",
     "zeros",
+    "source",
+    "shards",
     "checkpoint",
     "survey",
     "plan",
