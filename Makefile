@@ -25,7 +25,7 @@ AWQ := build/models/smollm2-awq/config.json
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint format unit engine bench docs soak clean machine-demo machine-test
+.PHONY: help demo test setup lint format unit engine peers bench docs soak clean machine-demo machine-test
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ unit: $(READY) ## tests/: no engine, no network
 
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
 	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration tests -m "engine and not slow" --durations=15
+
+peers: $(READY) ## other tools read what qplug writes: an environment each in build/peers, tests
+	$(BIN)/python integration/peers/peers.py
+	QPLUG_REQUIRE_PEERS=1 $(BIN)/pytest integration -m peer --durations=5
 
 bench: $(READY) $(GPTQ) $(AWQ) ## measure against cp, clone(), stock vLLM and dense; prints tables
 	@missed=0; for bench in integration/benchmarks/bench_*.py; do \
