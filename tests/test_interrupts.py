@@ -15,7 +15,8 @@ SYM = GOLDEN / "gptq-4b-sym-g128"
 SLOW = """
 import signal, sys, time
 from pathlib import Path
-import qplug_converters.execute as execute, qplug_converters.verify as verify
+import qplug_converters.execute as execute, qplug_converters.job as job
+import qplug_converters.verify as verify
 import qplug_converters.writer as writer
 from qplug.cli import main
 
@@ -25,7 +26,7 @@ def wait(*arguments, **more):
 
 where = sys.argv.pop(1)
 if where == "convert":
-    execute._convert = wait
+    job._convert = wait
 elif where == "verify":
     verify.verify = wait
 discard = writer.Writer._discard

@@ -1,35 +1,25 @@
-"""Carry out a plan: read parts, decode, move, encode, write, one block of rows at a time.
+"""Carry out a plan: cut it into shards, have each made, and give the folder its name.
 
-Memory is bounded by a block of `BLOCK` codes, never by a linear. The certificate and the config
-are written last; the folder gets its name when everything is on the disk.
+A shard is made by `job.run` and knows nothing of the others. The certificate and the config are
+written last; the folder gets its name when everything is on the disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from math import lcm
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from . import moves
 from .checkpoint import Checkpoint
-from .codec import check_scales, constant, decode, encode, translate
 from .errors import QplugError
-from .layout import Holds, Layout, Part, TensorSpec
-from .plan import Plan, Step
-from .scheme import Scheme
+from .job import Advance, Rows, ShardJob, ShardResult, cut_shards, run, run_alone, tasks_of
+from .plan import Plan
+from .shards import read_json
 from .threads import workers
 from .version import __version__
-from .weight import QuantizedWeight
 from .writer import MAX_SHARD, Writer
-
-BLOCK = 1 << 24
-"""Codes decoded at a time by one thread: at most 8 bytes a code with everything derived, so that
-`threads.MOST_WORKERS` stay under 1 GiB."""
 
 CERTIFICATE = "qplug-certificate.json"
 
@@ -37,151 +27,25 @@ Progress = Callable[[int, int, str], None]
 """`(bytes done, bytes in all, what)`, called from the thread that called `execute`."""
 
 
-def stored_names(layout: Layout, module: str) -> list[str]:
-    """Return the names of the tensors of one linear."""
-    return [f"{module}.{part.name}" for part in layout]
+Deliver = Callable[[Path, str], None]
+"""`(file, its sha256)`: a finished shard, to be read, moved or removed before returning."""
 
 
-def output_specs(plan: Plan, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
-    """Return every tensor of the converted checkpoint, in the order of the source's files."""
-    specs: dict[str, TensorSpec] = {}
-    owner: dict[str, Step] = {}
-    for step in plan.steps:
-        for name in stored_names(plan.source.layout(step.source), step.module):
-            owner[name] = step
-    written = set()
-    for name, spec in checkpoint.headers.items():
-        if name not in owner:
-            specs[name] = spec
-            continue
-        step = owner[name]
-        if step.module in written:
-            continue
-        written.add(step.module)
-        for part, target in plan.target.layout(step.target).specs(step.target.sizes).items():
-            new = f"{step.module}.{part}"
-            if new in checkpoint.headers and new not in owner:
-                raise QplugError(
-                    "a tensor that the target needs for something else",
-                    new,
-                    "no tensor of this name beside a quantized linear",
-                )
-            specs[new] = target
-    return specs
+class Supply(Protocol):
+    """What brings the source's files and takes them away, where they do not all lie there."""
 
+    def need(self, files: Sequence[Path]) -> None:
+        """Return when these files are there."""
 
-def rows_of(part: Part, tensor: Tensor, sizes: Mapping[str, int], start: int, stop: int) -> Tensor:
-    """Return output rows `start` to `stop` of a stored tensor as a view; `sizes` of the whole."""
-    span = part.span(sizes, start, stop)
-    return tensor if span is None else tensor.narrow(*span)
-
-
-def blocks_of(scheme: Scheme, *layouts: Layout, most: int = BLOCK) -> list[tuple[int, int]]:
-    """Cut the output rows into blocks of at most `most` codes that cut no word of any layout."""
-    step = lcm(*(layout.row_step(scheme.sizes) for layout in layouts))
-    rows = max(step, most // scheme.in_features // step * step)
-    return [(at, min(at + rows, scheme.out_features)) for at in range(0, scheme.out_features, rows)]
-
-
-def read_rows(
-    checkpoint: Checkpoint, layout: Layout, scheme: Scheme, module: str, start: int, stop: int
-) -> QuantizedWeight:
-    """Decode output rows `start` to `stop` of a linear."""
-    stored = {
-        part.name: rows_of(
-            part, checkpoint.tensor(f"{module}.{part.name}"), scheme.sizes, start, stop
-        )
-        for part in layout
-    }
-    try:
-        return decode(layout, replace(scheme, out_features=stop - start), stored, start)
-    except QplugError as error:
-        _place(error, module)
-        raise
-
-
-Rows = Callable[[Step, int, int], QuantizedWeight]
-"""`(step, start, stop)`: output rows of a linear as they are before the step's moves."""
-
-
-def _convert(plan: Plan, checkpoint: Checkpoint, writer: Writer, step: Step, read: Rows) -> int:
-    """Convert one linear; return the bytes written."""
-    source, target = plan.source.layout(step.source), plan.target.layout(step.target)
-    specs = target.specs(step.target.sizes)
-    total = sum(spec.nbytes for spec in specs.values())
-    blocks = blocks_of(step.source, source, target)
-    whole = len(blocks) == 1
-    views = {} if whole else {n: writer.view(f"{step.module}.{n}") for n in specs}
-    try:
-        if not step.moves and has_codes(source) and has_codes(target):
-            _convert_parts(checkpoint, writer, step, source, target, blocks, views)
-            return total
-        for start, stop in blocks:
-            weight = moves.apply(step.moves, read(step, start, stop))
-            if whole:
-                for name, tensor in encode(target, weight).items():
-                    writer.put(f"{step.module}.{name}", tensor)
-            else:
-                sizes = step.target.sizes
-                out = {p.name: rows_of(p, views[p.name], sizes, start, stop) for p in target}
-                encode(target, weight, out)
-    except QplugError as error:
-        _place(error, step.module)
-        raise
-    return total
-
-
-def _convert_parts(
-    checkpoint: Checkpoint,
-    writer: Writer,
-    step: Step,
-    source: Layout,
-    target: Layout,
-    blocks: list[tuple[int, int]],
-    views: Mapping[str, Tensor],
-) -> None:
-    """Convert a linear whose numbers stay as they are, each stored tensor on its own.
-
-    A part that is the same in both layouts is copied as bytes.
-    """
-    for part in target:
-        name = f"{step.module}.{part.name}"
-        if part.holds is Holds.CONSTANT:
-            writer.put(name, constant(part))
-            continue
-        before = source.part(part.holds)
-        if before is None:  # only a g_idx can be asked for that the source does without
-            groups = torch.arange(step.target.in_features, dtype=torch.int32)
-            writer.put(name, groups // step.target.group_size)
-            continue
-        stored_as = f"{step.module}.{before.name}"
-        if part.holds is Holds.SCALES:
-            check_scales(checkpoint.tensor(stored_as))
-        if before == part:
-            writer.copy(name, checkpoint.locations[stored_as])
-            continue
-        stored = checkpoint.tensor(stored_as)
-        for start, stop in blocks if part.span(step.source.sizes, 0, 1) else blocks[:1]:
-            sizes = {**step.source.sizes, "out": stop - start}
-            rows = rows_of(before, stored, step.source.sizes, start, stop)
-            if views:
-                into = rows_of(part, views[part.name], step.target.sizes, start, stop)
-                translate(before, part, rows, sizes, into)
-            else:
-                writer.put(name, translate(before, part, rows, sizes))
-
-
-def _place(error: QplugError, module: str) -> None:
-    """Say in which linear an error was met, if it does not yet."""
-    if not error.where.startswith(module):
-        error.where = f"{module}.{error.where}" if error.where else module
+    def done(self, files: Sequence[Path]) -> None:
+        """Take note that these files will not be read again."""
 
 
 def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json and the side files of the converted checkpoint."""
     config = dict(checkpoint.config)
     if plan.copied_whole:
-        return config, {n: checkpoint.read_json(n) for n in checkpoint.side_configs}
+        return config, {n: read_json(checkpoint.folder / n) for n in checkpoint.side_configs}
     text = config.get("text_config")
     if isinstance(text, Mapping) and "quantization_config" in text:
         config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
@@ -221,11 +85,33 @@ def execute(
     progress: Progress | None = None,
     max_shard: int = MAX_SHARD,
     record: Callable[[], Mapping[str, Any]] | None = None,
+    executor: Executor | None = None,
+    supply: Supply | None = None,
+    deliver: Deliver | None = None,
 ) -> Path:
     """Convert a checkpoint into the new folder `target`.
 
-    `rows` supplies the linears where they are made rather than decoded (quantizers); what `record`
-    returns when all are made goes into the certificate.
+    Parameters
+    ----------
+    plan, checkpoint, target
+        What to do, with what, and the folder to make.
+    rows
+        Supplies the linears where they are made rather than decoded (quantizers); not with an
+        `executor`.
+    progress
+        Told of each linear, or with an `executor` of each shard.
+    max_shard
+        Bytes; shards are cut where the source's are, and further where they would be larger.
+    record
+        What it returns when all linears are made goes into the certificate.
+    executor
+        Runs the shards, each on one thread. Without one, shards are made one after another, their
+        linears shared among threads.
+    supply
+        Is asked for the source's files shard by shard, and told when one is done with.
+    deliver
+        Is given each finished shard, in order. Space is then reserved for one shard at a time, and
+        a shard that is gone when it returns is not in `target`, though in its index.
 
     Raises
     ------
@@ -233,19 +119,12 @@ def execute(
         If the source is damaged, a value cannot be held, or the disk refuses. Nothing is left
         behind then.
     """
-
-    def decoded(step: Step, start: int, stop: int) -> QuantizedWeight:
-        layout = plan.source.layout(step.source)
-        return read_rows(checkpoint, layout, step.source, step.module, start, stop)
-
-    read = rows or decoded
+    if rows is not None and executor is not None:
+        raise ValueError("rows are made in this process: not with an executor")
     config, side_files = converted_config(plan, checkpoint)
-    others = checkpoint.other_files
-    specs = output_specs(plan, checkpoint)
-    total = sum(spec.nbytes for spec in specs.values())
-    touched = {
-        name for s in plan.steps for name in stored_names(plan.source.layout(s.source), s.module)
-    }
+    others, promised = checkpoint.other_files, certificate(plan, checkpoint)
+    shards = cut_shards(tasks_of(plan, checkpoint), max_shard)
+    total = sum(spec.nbytes for specs, _ in shards for spec in specs.values())
     done = 0
 
     def advance(size: int, what: str) -> None:
@@ -254,25 +133,79 @@ def execute(
         if progress is not None:
             progress(done, total, what)
 
-    with Writer(target, specs, plan.target.shard_stem, max_shard) as writer:
-        with workers() as pool:
-            sizes = pool.map(lambda s: _convert(plan, checkpoint, writer, s, read), plan.steps)
-            for step, size in zip(plan.steps, sizes, strict=True):
-                advance(size, step.module)
-        for name, spec in checkpoint.headers.items():
-            if name not in touched:
-                writer.copy(name, checkpoint.locations[name])
-                advance(spec.nbytes, name)
+    specs = [specs for specs, _ in shards]
+    with Writer(target, specs, plan.target.shard_stem, ahead=deliver is None) as writer:
+        jobs = [
+            ShardJob(file.path, file.specs, tasks, hashed=deliver is not None)
+            for file, (_, tasks) in zip(writer.shards, shards, strict=True)
+        ]
+        one_by_one = supply is not None or deliver is not None
+        last = {file: n for n, job in enumerate(jobs) for file in job.files}
+
+        def begun() -> Iterator[ShardJob]:
+            """Yield each job when all that it needs is there."""
+            for job, file in zip(jobs, writer.shards, strict=True):
+                if supply is not None:
+                    supply.need(job.files)
+                else:
+                    checkpoint.source.need([path.name for path in job.files])
+                if deliver is not None:
+                    file.reserve()
+                yield job
+
+        if executor is None:
+            results = _here(begun(), rows, advance)
+        else:
+            results = _there(begun(), executor, one_by_one, advance)
+        for n, (job, result) in enumerate(zip(jobs, results, strict=True)):
+            if supply is not None:
+                supply.done([file for file in job.files if last[file] == n])
+            if deliver is not None:
+                assert result.sha256 is not None
+                deliver(job.path, result.sha256)
         for path in others:
             writer.file(path)
         for name, block in side_files.items():
             writer.json(name, block)
         writer.json("config.json", config)
         made = dict(record()) if record is not None else {}
-        writer.json(CERTIFICATE, certificate(plan, checkpoint) | made)
+        writer.json(CERTIFICATE, promised | made)
         return writer.commit()
 
 
-def has_codes(layout: Layout) -> bool:
-    """Whether a layout holds codes on a grid (dense does not)."""
-    return layout.part(Holds.CODES) is not None
+def _here(jobs: Iterator[ShardJob], rows: Rows | None, advance: Advance) -> Iterator[ShardResult]:
+    """Make shards one after another, the linears of each shared among threads."""
+    with workers() as pool:
+        for job in jobs:
+            yield run(job, rows=rows, mapper=pool.map, advance=advance)
+
+
+def _there(
+    jobs: Iterator[ShardJob], executor: Executor, one_by_one: bool, advance: Advance
+) -> Iterator[ShardResult]:
+    """Have shards made by an executor; if one fails, wait for those at work, and drop the rest."""
+    waiting: deque[tuple[ShardJob, Future[ShardResult]]] = deque()
+
+    def finished() -> ShardResult:
+        job, future = waiting[0]
+        result = future.result()
+        waiting.popleft()
+        advance(job.nbytes, job.path.name)
+        return result
+
+    try:
+        for job in jobs:
+            waiting.append((job, executor.submit(run_alone, job)))
+            if one_by_one:
+                yield finished()
+        while waiting:
+            yield finished()
+    except BrokenExecutor as error:
+        raise QplugError(
+            "a worker that died", "the executor", fix="give it more memory, or use fewer workers"
+        ) from error
+    finally:
+        left = [future for _, future in waiting]
+        for future in left:
+            future.cancel()
+        wait(left)

@@ -214,6 +214,62 @@ def parse_header(path: Path, size: int, raw: bytes) -> dict[str, Location]:
     return found
 
 
+class Maps:
+    """Tensors of source files by where they lie, as views of memory maps.
+
+    A file is mapped when first asked for, and stays so as long as this object or a view lives.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def __contains__(self, file: Path) -> bool:
+        """Whether a file is mapped."""
+        return file in self._maps
+
+    def forget(self, file: Path) -> None:
+        """Let go of a file that is about to be removed; views of it stay valid."""
+        self._maps.pop(file, None)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            try:
+                with file.open("rb") as opened:
+                    self._maps[file] = mmap.mmap(
+                        opened.fileno(), 0, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                    )
+            except OSError as error:
+                raise unreadable(file, error) from None
+        return self._maps[file]
+
+    def array(self, location: Location) -> NDArray[np.generic]:
+        """Return a tensor as a NumPy view, without torch; bfloat16 comes as uint16."""
+        data = self._map(location.file)
+        dtype = np.dtype(_NUMPY[location.spec.dtype])
+        count = prod(location.spec.shape)
+        if location.offset % dtype.itemsize:  # legal in the format, not for a typed view
+            raw = bytearray(data[location.offset : location.offset + location.spec.nbytes])
+            return np.frombuffer(raw, dtype, count).reshape(location.spec.shape)
+        return np.frombuffer(data, dtype, count, location.offset).reshape(location.spec.shape)
+
+    def tensor(self, location: Location) -> Tensor:
+        """Return a tensor as a view of the memory map."""
+        import torch
+
+        from .codec import TORCH_DTYPES
+
+        spec = location.spec
+        if 0 in spec.shape:
+            return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+        view = torch.from_numpy(self.array(location).view(np.uint8).reshape(-1))
+        return view.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def raw(self, location: Location) -> memoryview:
+        """Return the bytes of a tensor."""
+        data = memoryview(self._map(location.file))
+        return data[location.offset : location.offset + location.spec.nbytes]
+
+
 class Shards:
     """The tensors of some safetensors files.
 
@@ -246,26 +302,19 @@ class Shards:
                     self.problems.append(QplugError(both, name, "one tensor of this name", REPAIR))
                 self.locations[name] = location
         self.headers = {name: location.spec for name, location in self.locations.items()}
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._maps = Maps()
         self._ahead: dict[str, dict[str, bytes]] = {}
 
-    def _bytes(self, name: str) -> tuple[mmap.mmap, Location]:
+    def _fetched(self, name: str) -> Location:
+        """Return where a tensor lies; a file that is elsewhere is fetched."""
         location = self.locations[name]
-        if location.file not in self._maps:
-            if self._source is not None:
-                self._source.need([location.file.name])
-            try:
-                with location.file.open("rb") as file:
-                    self._maps[location.file] = mmap.mmap(
-                        file.fileno(), 0, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                    )
-            except OSError as error:
-                raise unreadable(location.file, error) from None
-        return self._maps[location.file], location
+        if self._source is not None and location.file not in self._maps:
+            self._source.need([location.file.name])
+        return location
 
     def forget(self, file: Path) -> None:
         """Let go of a file that is about to be removed; views of it stay valid."""
-        self._maps.pop(file, None)
+        self._maps.forget(file)
 
     def peek(self, name: str) -> NDArray[np.generic]:
         """Return a small tensor as a NumPy array, without torch; bfloat16 comes as uint16.
@@ -275,16 +324,11 @@ class Shards:
         the next.
         """
         location = self.locations[name]
-        dtype = np.dtype(_NUMPY[location.spec.dtype])
-        count = prod(location.spec.shape)
         if self._source is not None and not self._source.here(location.file.name):
             raw = bytearray(self._read_ahead(self._source, name))
-            return np.frombuffer(raw, dtype, count).reshape(location.spec.shape)
-        data, location = self._bytes(name)
-        if location.offset % dtype.itemsize:  # legal in the format, not for a typed view
-            raw = bytearray(data[location.offset : location.offset + location.spec.nbytes])
-            return np.frombuffer(raw, dtype, count).reshape(location.spec.shape)
-        return np.frombuffer(data, dtype, count, location.offset).reshape(location.spec.shape)
+            dtype = np.dtype(_NUMPY[location.spec.dtype])
+            return np.frombuffer(raw, dtype, prod(location.spec.shape)).reshape(location.spec.shape)
+        return self._maps.array(self._fetched(name))
 
     def _read_ahead(self, source: Source, name: str) -> bytes:
         """Return the bytes of a tensor that is elsewhere."""
@@ -323,18 +367,8 @@ class Shards:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor as a view of the memory map."""
-        import torch
-
-        from .codec import TORCH_DTYPES
-
-        spec = self.locations[name].spec
-        if 0 in spec.shape:
-            return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
-        self._bytes(name)  # a file elsewhere is fetched, not peeked at
-        view = torch.from_numpy(self.peek(name).view(np.uint8).reshape(-1))
-        return view.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
+        return self._maps.tensor(self._fetched(name))
 
     def raw(self, name: str) -> memoryview:
         """Return the bytes of a tensor."""
-        data, location = self._bytes(name)
-        return memoryview(data)[location.offset : location.offset + location.spec.nbytes]
+        return self._maps.raw(self._fetched(name))

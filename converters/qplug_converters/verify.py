@@ -18,8 +18,8 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .codec import TORCH_DTYPES
 from .errors import QplugError
-from .execute import blocks_of, read_rows, stored_names
 from .format import Format
+from .job import blocks_of, read_rows, stored_names
 from .layout import Layout
 from .plan import Verdict
 from .scheme import ModelScheme, Scheme

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import mmap
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -32,12 +33,146 @@ MAX_SHARD = 5_000_000_000
 _COPY_STEP = 1 << 26
 
 
+class ShardFile:
+    """A safetensors file of which everything is known but the data.
+
+    Header and places follow from the names, dtypes and shapes alone, so that whoever fills the
+    file, in whatever process, needs no word with who reserved it. `reserve` makes the file; a
+    `with` block opens it to be filled, whole tensors or views, in any order.
+
+    Attributes
+    ----------
+    path : Path
+        Where it is.
+    specs : Mapping
+        Dtype and shape of every tensor.
+    places : dict
+        Where each tensor lies.
+    size : int
+        Bytes of the whole file.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.path, self.specs = path, specs
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        # Wider dtypes first, so that all align.
+        for name in sorted(specs, key=lambda n: -ITEMSIZE[specs[n].dtype]):
+            spec = specs[name]
+            end = at + spec.nbytes
+            offsets = [at, end]
+            header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+            at = end
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._head = len(raw).to_bytes(8, "little") + raw
+        start = len(self._head)
+        self.size = start + at
+        self.places = {
+            name: Location(path, start + header[name]["data_offsets"][0], spec)
+            for name, spec in specs.items()
+        }
+        self._file = -1
+        self._map: mmap.mmap | None = None
+
+    def reserve(self) -> None:
+        """Make the file: its header, and the space of its data.
+
+        Raises
+        ------
+        QplugError
+            If it exists, or the disk refuses.
+        """
+        with _disk_errors(self.path, self.size):
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                os.posix_fallocate(file, 0, self.size)
+                _write(file, self._head, 0)
+            finally:
+                os.close(file)
+
+    def __enter__(self) -> Self:
+        with _disk_errors(self.path, self.size):
+            self._file = os.open(self.path, os.O_RDWR)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+        self._file, self._map = -1, None
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a whole tensor."""
+        import torch
+
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        with _disk_errors(self.path, self.specs[name].nbytes):
+            _write(self._file, raw.data, self.places[name].offset)
+
+    def view(self, name: str) -> Tensor:
+        """Return a tensor as a writable view of the file, for linears too large for memory."""
+        import torch
+
+        from .codec import TORCH_DTYPES
+
+        place = self.places[name]
+        if self._map is None:
+            self._map = mmap.mmap(self._file, 0)
+        raw = np.frombuffer(self._map, np.uint8, place.spec.nbytes, place.offset)
+        return torch.from_numpy(raw).view(TORCH_DTYPES[place.spec.dtype]).reshape(place.spec.shape)
+
+    def copy(self, name: str, source: Location) -> None:
+        """Copy the bytes of a tensor from another file, inside the kernel where it can."""
+        place = self.places[name]
+        with source.file.open("rb") as file, _disk_errors(self.path, place.spec.nbytes):
+            at, end = 0, place.spec.nbytes
+            while at < end:
+                step = min(_COPY_STEP, end - at)
+                try:
+                    done = os.copy_file_range(
+                        file.fileno(), self._file, step, source.offset + at, place.offset + at
+                    )
+                except OSError:
+                    done = 0
+                if done == 0:
+                    data = os.pread(file.fileno(), step, source.offset + at)
+                    if not data:
+                        raise QplugError(
+                            "a file that became shorter", source.file.name, fix="leave it alone"
+                        )
+                    _write(self._file, data, place.offset + at)
+                    done = len(data)
+                at += done
+
+    def sync(self) -> None:
+        """Wait until everything is on the disk."""
+        with _disk_errors(self.path, self.size):
+            if self._map is not None:
+                self._map.flush()
+            os.fsync(self._file)
+
+    def sha256(self) -> str:
+        """Return the hash of the whole file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Writer:
     """A checkpoint folder being written; nothing appears under `target` before `commit`.
 
     Used as a context manager: leaving it without `commit` removes what was written, and the parent
     folders that were made for it. The partial folder `.<name>.qplug-partial` is locked while its
-    writer lives; one left by a killed process is cleared away by the next.
+    writer lives; one left by a killed process is cleared away by the next. All shards are reserved
+    on entering, or with `ahead=False` each when its turn comes, by `ShardFile.reserve`.
+
+    Attributes
+    ----------
+    shards : tuple of ShardFile
+        The files of tensors, in the partial folder.
 
     Raises
     ------
@@ -48,18 +183,19 @@ class Writer:
     def __init__(
         self,
         target: Path,
-        specs: Mapping[str, TensorSpec],
+        shards: Sequence[Mapping[str, TensorSpec]],
         stem: str = "model",
-        max_shard: int = MAX_SHARD,
+        *,
+        ahead: bool = True,
     ) -> None:
         self.target = target
-        self._stem = stem
+        self._stem, self._ahead = stem, ahead
         self._partial = target.parent / f".{target.name}.qplug-partial"
-        self._shards = _cut(specs, max_shard)
-        self._specs = specs
-        self._places: dict[str, Location] = {}
-        self._files: dict[Path, int] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
+        names = _names(stem, len(shards))
+        self.shards = tuple(
+            ShardFile(self._partial / name, specs)
+            for name, specs in zip(names, shards, strict=True)
+        )
         self._lock = -1
         self._made: list[Path] = []
 
@@ -79,8 +215,8 @@ class Writer:
                 ) from None
             # Another writer may have finished between the first look and the lock.
             self._refuse_existing("a file or folder that exists")
-            for number, names in enumerate(self._shards, 1):
-                self._reserve(self._partial / self._shard_name(number), names)
+            for shard in self.shards if self._ahead else ():
+                shard.reserve()
         except BaseException:
             self._discard()
             raise
@@ -128,88 +264,6 @@ class Writer:
     ) -> None:
         self._discard()
 
-    def _shard_name(self, number: int) -> str:
-        if len(self._shards) == 1 and self._stem == "model":
-            return "model.safetensors"
-        return f"{self._stem}-{number:05d}-of-{len(self._shards):05d}.safetensors"
-
-    def _reserve(self, path: Path, names: list[str]) -> None:
-        """Write the header of a shard and reserve the space of its data."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in names:
-            spec = self._specs[name]
-            end = at + spec.nbytes
-            header[name] = {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
-                "data_offsets": [at, end],
-            }
-            at = end
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
-        start = 8 + len(raw)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._files[path] = file
-        with _disk_errors(path, start + at):
-            os.posix_fallocate(file, 0, start + at)
-            _write(file, len(raw).to_bytes(8, "little") + raw, 0)
-        for name in names:
-            offset = start + header[name]["data_offsets"][0]
-            self._places[name] = Location(path, offset, self._specs[name])
-
-    # Data -------------------------------------------------------------------------------------
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write a whole tensor."""
-        import torch
-
-        place = self._places[name]
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        with _disk_errors(place.file, place.spec.nbytes):
-            _write(self._files[place.file], raw.data, place.offset)
-
-    def view(self, name: str) -> Tensor:
-        """Return a tensor as a writable view of the file, for linears too large for memory."""
-        import torch
-
-        from .codec import TORCH_DTYPES
-
-        place = self._places[name]
-        if place.file not in self._maps:
-            self._maps[place.file] = mmap.mmap(self._files[place.file], 0)
-        raw = np.frombuffer(self._maps[place.file], np.uint8, place.spec.nbytes, place.offset)
-        return torch.from_numpy(raw).view(TORCH_DTYPES[place.spec.dtype]).reshape(place.spec.shape)
-
-    def copy(self, name: str, source: Location) -> None:
-        """Copy the bytes of a tensor from another file, inside the kernel where it can."""
-        place = self._places[name]
-        with source.file.open("rb") as file, _disk_errors(place.file, place.spec.nbytes):
-            at, end = 0, place.spec.nbytes
-            while at < end:
-                step = min(_COPY_STEP, end - at)
-                try:
-                    done = os.copy_file_range(
-                        file.fileno(),
-                        self._files[place.file],
-                        step,
-                        source.offset + at,
-                        place.offset + at,
-                    )
-                except OSError:
-                    done = 0
-                if done == 0:
-                    data = os.pread(file.fileno(), step, source.offset + at)
-                    if not data:
-                        raise QplugError(
-                            "a file that became shorter", source.file.name, fix="leave it alone"
-                        )
-                    _write(self._files[place.file], data, place.offset + at)
-                    done = len(data)
-                at += done
-
-    # Files ------------------------------------------------------------------------------------
-
     def json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file."""
         text = json.dumps(value, indent=2) + "\n"
@@ -222,25 +276,23 @@ class Writer:
             shutil.copyfile(path, self._partial / path.name)
 
     def commit(self) -> Path:
-        """Write the index, make everything durable, and give the folder its name."""
-        if len(self._shards) > 1:
-            total = sum(spec.nbytes for spec in self._specs.values())
+        """Write the index, make everything durable, and give the folder its name.
+
+        A shard that is no longer there (handed over, and moved away) stays in the index.
+        """
+        if len(self.shards) > 1:
+            places = [place for shard in self.shards for place in shard.places.items()]
             self.json(
                 f"{self._stem}.safetensors.index.json",
                 {
-                    "metadata": {"total_size": total},
-                    "weight_map": {n: self._places[n].file.name for n in self._specs},
+                    "metadata": {"total_size": sum(place.spec.nbytes for _, place in places)},
+                    "weight_map": {name: place.file.name for name, place in places},
                 },
             )
         with _disk_errors(self._partial, 0):
-            for mapped in self._maps.values():
-                mapped.flush()
-            for file in self._files.values():
-                os.fsync(file)
             for path in self._partial.iterdir():
-                if path not in self._files:
-                    with path.open("rb") as small:
-                        os.fsync(small.fileno())
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
             os.fsync(self._lock)
             self._refuse_existing("a file or folder that appeared meanwhile")
             self._partial.rename(self.target)
@@ -253,11 +305,7 @@ class Writer:
         return self.target
 
     def _discard(self) -> None:
-        """Close everything; remove the partial folder if it was not renamed."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-        self._maps.clear()
+        """Remove the partial folder if it was not renamed, and give up the lock."""
         if self._lock >= 0:
             shutil.rmtree(self._partial, ignore_errors=True)
             os.close(self._lock)
@@ -268,17 +316,28 @@ class Writer:
         self._made.clear()
 
 
-def _cut(specs: Mapping[str, TensorSpec], most: int) -> list[list[str]]:
-    """Cut the tensors into shards in order; inside one, wider dtypes first so that all align."""
-    shards: list[list[str]] = [[]]
+def _names(stem: str, count: int) -> list[str]:
+    """Return the names of `count` shards."""
+    if count == 1 and stem == "model":
+        return ["model.safetensors"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def cut(units: Iterable[Mapping[str, TensorSpec]], most: int) -> list[dict[str, TensorSpec]]:
+    """Cut units, the tensors that stay together, into shards of at most `most` bytes, in order.
+
+    A unit that is larger has a shard of its own.
+    """
+    shards: list[dict[str, TensorSpec]] = [{}]
     filled = 0
-    for name, spec in specs.items():
-        if shards[-1] and filled + spec.nbytes > most:
-            shards.append([])
+    for unit in units:
+        size = sum(spec.nbytes for spec in unit.values())
+        if shards[-1] and filled + size > most:
+            shards.append({})
             filled = 0
-        shards[-1].append(name)
-        filled += spec.nbytes
-    return [sorted(names, key=lambda n: -ITEMSIZE[specs[n].dtype]) for names in shards]
+        shards[-1].update(unit)
+        filled += size
+    return shards
 
 
 def _write(file: int, data: bytes | memoryview, at: int) -> None:

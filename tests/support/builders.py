@@ -221,7 +221,7 @@ def convert(
     target: Path,
     to: str = "canonical",
     progress: Callable[[int, int, str], None] | None = None,
-    **more: int,
+    **more: Any,
 ) -> None:
     """Convert as the command line does."""
     from qplug_converters.execute import execute

@@ -22,8 +22,8 @@ from qplug_converters import codec
 from qplug_converters.checkpoint import Checkpoint, open_checkpoint
 from qplug_converters.codec import TORCH_DTYPES, decode, encode
 from qplug_converters.errors import QplugError
-from qplug_converters.execute import blocks_of, rows_of
 from qplug_converters.format import Format
+from qplug_converters.job import blocks_of, rows_of
 from qplug_converters.layout import TensorSpec
 from qplug_converters.scheme import Kind, ModelScheme, Scheme
 from qplug_converters.shards import read_header
@@ -37,7 +37,7 @@ from qplug_converters.weight import (
     QuantizedWeight,
     RowGrid,
 )
-from qplug_converters.writer import Writer
+from qplug_converters.writer import Writer, cut
 
 MODULES = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
 
@@ -204,9 +204,12 @@ def write(
     } | dict(rest)
     model = ModelScheme(target.name, {m: s for m, (s, _) in linears.items()})
     written = target.write(model)
-    with Writer(folder, specs_of(tensors), target.shard_stem, max_shard) as writer:
-        for name, tensor in tensors.items():
-            writer.put(name, tensor)
+    shards = cut(({name: spec} for name, spec in specs_of(tensors).items()), max_shard)
+    with Writer(folder, shards, target.shard_stem) as writer:
+        for shard in writer.shards:
+            with shard:
+                for name in shard.specs:
+                    shard.put(name, tensors[name])
         for name, block in written.side_files.items():
             writer.json(name, block)
         block = {"quantization_config": dict(written.block)} if written.block else {}
