@@ -1,4 +1,4 @@
-"""Write docs/formats.md and docs/cli.md from the code; `--check` says whether they are true."""
+"""Write the pages of docs/ that follow from the code; `--check` says whether they are true."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 
 import qplug.cli
 from qplug.cli import COMMANDS
+from qplug.engines import ENGINES, Engine, Rule
 from qplug_converters import zeros
 from qplug_converters.format import Format
 from qplug_converters.formats import FORMATS
@@ -89,7 +90,46 @@ def cli_page() -> str:
     return "\n".join(pages)
 
 
-PAGES = {"formats.md": formats_page, "cli.md": cli_page}
+def engine_section(engine: Engine) -> str:
+    """Return the rules of one engine; formats with the same rules share a table."""
+    lines = [f"## {engine.title}", "", f"Versions {engine.first} to {engine.last}.", ""]
+    shared: dict[tuple[Rule, ...], list[str]] = {}
+    for name, rules in engine.rules.items():
+        shared.setdefault(rules, []).append(f"`{name}`")
+    for rules, names in shared.items():
+        lines += [
+            f"{', '.join(names)}:",
+            "",
+            "| with | versions | answer | a config can cure it | known from |",
+            "|---|---|---|---|---|",
+            *(rule_row(rule) for rule in rules),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def rule_row(rule: Rule) -> str:
+    """Return one rule as a table row."""
+    since = f"from {rule.since}" if rule.since else ""
+    until = f"before {rule.until}" if rule.until else ""
+    span = " ".join(part for part in (since, until) if part) or "all"
+    cure = "yes, where it is true" if rule.repair is not None else ""
+    return f"| {rule.what} | {span} | {rule.outcome.value} | {cure} | {rule.source} |"
+
+
+def engines_page() -> str:
+    """Return docs/engines.md."""
+    intro = """# Engines
+
+What engines do with the checkpoints that qplug reads, as `qplug inspect` answers for one of them.
+The first rule that holds for a version and whose left column is true of a checkpoint decides; of
+other formats nothing is claimed. Source: `qplug/engines/`.
+
+"""
+    return HEAD + intro + "\n".join(map(engine_section, ENGINES)).rstrip() + "\n"
+
+
+PAGES = {"formats.md": formats_page, "cli.md": cli_page, "engines.md": engines_page}
 
 
 def main() -> int:

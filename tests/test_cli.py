@@ -38,7 +38,7 @@ def shaped(text: str) -> str:
     return textwrap.dedent(text).lstrip("\n")
 
 
-# inspect, formats, doctor ------------------------------------------------------------------------
+# formats, doctor --------------------------------------------------------------------------------
 
 
 def test_formats(qplug: Command) -> None:
@@ -55,70 +55,6 @@ def test_formats(qplug: Command) -> None:
         """  # noqa: E501
     )
     assert list(qplug("formats", "--json").json) == ["canonical", "gptq_v2", "gptq", "awq", "dense"]
-
-
-def test_inspect(qplug: Command) -> None:
-    ran = qplug("inspect", ASYM)
-    assert (ran.code, ran.err) == (0, LEFT)
-    assert ran.out == shaped(
-        f"""
-        folder             {ASYM}
-        format             gptq
-        architecture       LlamaForCausalLM
-        shards             1
-        tensors            32
-        bytes              90.1 kB
-        config             config.json quantization_config
-        producer           gptqmodel:7.7.0
-        quantized linears  7
-        weights            98,304
-        bits per weight    4.604
-        schemes            7 x 4-bit asym g64
-        act order          0 of 7 linears
-        zero rules         7 x word
-        dense              1 modules: model.embed_tokens
-        """
-    )
-
-
-def test_inspect_reads_zeros_when_asked(qplug: Command) -> None:
-    ran = qplug("inspect", ASYM, "--zeros")
-    assert ran.code == 0
-    assert ran.err == LEFT + AMBIGUOUS
-    assert "zeros              lowest 0, highest 15" in ran.out
-    found = qplug("inspect", ASYM, "--zeros", "--json")
-    assert found.err == ""
-    assert found.json["zeros"]["stored_as_maxq"] == 15
-    said = LEFT + AMBIGUOUS
-    assert [f"warning: {note}" for note in found.json["notes"]] == said.splitlines()
-
-
-def test_inspect_of_a_dense_model(tmp_path: Path, qplug: Command) -> None:
-    ran = qplug("inspect", dense().save(tmp_path / "dense"), "--json")
-    assert ran.code == 0
-    assert ran.json["format"] == "dense"
-    assert "schemes" not in ran.json
-
-
-def test_inspect_of_contradictions(tmp_path: Path, qplug: Command) -> None:
-    """A flag that the g_idx contradicts is said, not refused."""
-    ordered = Draft.of(ORDERED).set(desc_act=False).save(tmp_path / "ordered")
-    ran = qplug("inspect", ordered)
-    assert ran.code == 0
-    assert "act order          7 of 7 linears" in ran.out
-    assert ran.err.startswith("warning: desc_act is false but g_idx is not in order in ")
-    trivial = Draft.of(ASYM).set(desc_act=True).save(tmp_path / "trivial")
-    ran = qplug("inspect", trivial)
-    assert "act order          0 of 7 linears" in ran.out
-    assert ran.err.startswith("warning: desc_act is true but g_idx is in order in ")
-
-
-@pytest.mark.parametrize("value", ["Llama", 5, {"a": 1}, [], None])
-def test_inspect_of_odd_architectures(value: object, tmp_path: Path, qplug: Command) -> None:
-    draft = Draft.of(ASYM)
-    draft.config["architectures"] = value
-    ran = qplug("inspect", draft.save(tmp_path / "odd"), "--json")
-    assert ran.json["architecture"] == "unknown"
 
 
 def test_names_cannot_write_to_the_terminal(tmp_path: Path, qplug: Command) -> None:

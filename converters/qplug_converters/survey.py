@@ -8,6 +8,7 @@ them on demand. Zeros are about 1/group_size of a checkpoint.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -120,14 +121,8 @@ def _some(modules: list[str]) -> str:
 
 
 def _facts(tensors: HasPeek, module: str, part: Part, scheme: Scheme, rule: str) -> ZeroFacts:
-    """Read the zeros of one linear by `rule`, a block of rows at a time."""
-    stored = tensors.peek(f"{module}.{part.name}")
-    if part.packing is not None and part.stored:
-        stored = rearrange(stored, swapped(part.stored))
-    step = max(1, BLOCK // max(1, stored.shape[1]))
-    parts = [
-        _facts_of(stored[at : at + step], part, scheme, rule) for at in range(0, len(stored), step)
-    ]
+    """Read the zeros of one linear by `rule`."""
+    parts = [_facts_of(rows, part, scheme, rule) for rows in _blocks(tensors, module, part)]
     return ZeroFacts(
         min(facts.lowest for facts in parts),
         max(facts.highest for facts in parts),
@@ -135,6 +130,34 @@ def _facts(tensors: HasPeek, module: str, part: Part, scheme: Scheme, rule: str)
         sum(facts.count for facts in parts),
         sum(facts.at_maxq for facts in parts),
     )
+
+
+def _blocks(tensors: HasPeek, module: str, part: Part) -> Iterator[NDArray[np.generic]]:
+    """Iterate over the stored zeros of one linear, a block of rows at a time."""
+    stored = tensors.peek(f"{module}.{part.name}")
+    if part.packing is not None and part.stored:
+        stored = rearrange(stored, swapped(part.stored))
+    step = max(1, BLOCK // max(1, stored.shape[1]))
+    for at in range(0, len(stored), step):
+        yield stored[at : at + step]
+
+
+def histogram(tensors: HasPeek, found: Format, model: ModelScheme) -> dict[int, dict[int, int]]:
+    """Return how often each zero occurs, by bits; linears without zeros are left out."""
+    counts: dict[int, Counter[int]] = {}
+    for module, scheme in model.linears.items():
+        part = found.layout(scheme).part(Holds.ZEROS)
+        if part is None:
+            continue
+        for rows in _blocks(tensors, module, part):
+            if part.packing is not None:
+                count = scheme.sizes[part.stream.split()[-1]]
+                rows = zeros.decode(rows, part.packing, count, scheme.zero_rule)
+            values, times = np.unique(rows, return_counts=True)
+            counts.setdefault(scheme.bits, Counter()).update(
+                dict(zip(values.tolist(), times.tolist(), strict=True))
+            )
+    return {bits: dict(sorted(found.items())) for bits, found in sorted(counts.items())}
 
 
 def _facts_of(rows: NDArray[np.generic], part: Part, scheme: Scheme, rule: str) -> ZeroFacts:

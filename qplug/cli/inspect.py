@@ -1,8 +1,9 @@
-"""`qplug inspect`: what a checkpoint holds, from headers and config alone."""
+"""`qplug inspect`: what a checkpoint holds and who takes it, from headers and config alone."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,12 @@ from .options import Folder, format_name, json_option, zero_rule_option
 
 if TYPE_CHECKING:
     from qplug_converters.format import Format
+    from qplug_converters.scheme import ModelScheme
+
+    from ..engines import Answer
+
+MOST_NAMED = 3
+"""Dense modules that are named."""
 
 
 @click.command()
@@ -30,9 +37,14 @@ if TYPE_CHECKING:
 def command(
     src: Path, source: Format | None, zeros: bool, zero_rule: str | None, as_json: bool
 ) -> None:
-    """Show format, schemes, act order and contradictions of the checkpoint in SRC."""
+    """Show format, schemes, act order and contradictions of the checkpoint in SRC.
+
+    A table says what stock engines do with it, version by version, and what they do with qplug.
+    """
     from qplug_converters.checkpoint import open_checkpoint
-    from qplug_converters.survey import survey
+    from qplug_converters.survey import histogram, survey
+
+    from ..engines import ENGINES, judge, of_checkpoint
 
     checkpoint = open_checkpoint(src, zero_rule)
     stored = sum(spec.nbytes for spec in checkpoint.headers.values())
@@ -54,52 +66,91 @@ def command(
     found, model = checkpoint.scheme(found)
     if zeros:
         model = survey(checkpoint, found, model)
-    weights = sum(s.numel for s in model.linears.values())
-    packed = sum(
-        spec.nbytes
-        for name, scheme in model.linears.items()
-        for spec in found.layout(scheme).specs(scheme.sizes).values()
-    )
-    schemes = Counter(scheme.describe() for scheme in model.linears.values())
-    in_order = sum(s.act_order for s in model.linears.values())
-    answer |= {
-        "config": checkpoint.block_where,
+    answer |= _of_linears(found, model)
+    answer["config"] = checkpoint.block_where
+    if zeros and (counts := _zeros(model)):
+        answer["zeros"] = counts | {"histogram": histogram(checkpoint, found, model)}
+    facts = of_checkpoint(checkpoint, model)
+    answers = [a for engine in ENGINES for a in judge(engine, facts, str(src))]
+    if as_json:
+        render.data(answer | {"engines": [one.as_json() for one in answers]})
+        return
+    _show(answer)
+    show_engines(answers)
+    for note in model.notes:
+        render.warn(note)
+
+
+def _of_linears(found: Format, model: ModelScheme) -> dict[str, Any]:
+    """Return what headers and config say of the quantized linears."""
+    linears = model.linears.values()
+    weights = sum(scheme.numel for scheme in linears)
+    packed = sum(spec.nbytes for s in linears for spec in found.layout(s).specs(s.sizes).values())
+    in_order = sum(scheme.act_order for scheme in linears)
+    return {
+        "config": "",
         "producer": model.producer,
         "quantized_linears": len(model.linears),
         "weights": weights,
         "bits_per_weight": round(8 * packed / weights, 3),
-        "schemes": dict(schemes),
+        "schemes": dict(Counter(scheme.describe() for scheme in linears)),
         "act_order": f"{in_order} of {len(model.linears)} linears",
-        "zero_rules": dict(Counter(s.zero_rule for s in model.linears.values())),
+        "zero_rules": dict(Counter(scheme.zero_rule for scheme in linears)),
         "dense": list(model.dense),
         "notes": list(model.notes),
     }
-    if zeros:
-        facts = [s.zeros for s in model.linears.values() if s.zeros is not None]
-        answer["zeros"] = {
-            "lowest": min(f.lowest for f in facts),
-            "highest": max(f.highest for f in facts),
-            "at_midpoint": sum(f.midpoint for f in facts),
-            "stored_as_maxq": sum(f.at_maxq for f in facts),
-            "count": sum(f.count for f in facts),
-        }
-    if as_json:
-        render.data(answer)
-        return
-    shown = dict(answer)
-    shown["bytes"] = render.size(stored)
-    shown["weights"] = f"{weights:,}"
-    shown["schemes"] = ", ".join(f"{n} x {text}" for text, n in schemes.items())
+
+
+def _zeros(model: ModelScheme) -> dict[str, Any]:
+    """Return what the zeros are, of all linears together; nothing on grids without zeros."""
+    facts = [s.zeros for s in model.linears.values() if s.zeros is not None]
+    if not facts:
+        return {}
+    return {
+        "lowest": min(f.lowest for f in facts),
+        "highest": max(f.highest for f in facts),
+        "at_midpoint": sum(f.midpoint for f in facts),
+        "stored_as_maxq": sum(f.at_maxq for f in facts),
+        "count": sum(f.count for f in facts),
+    }
+
+
+def _show(answer: Mapping[str, Any]) -> None:
+    """Print what is in a checkpoint."""
+    shown = {name: value for name, value in answer.items() if name != "notes"}
+    shown["bytes"] = render.size(answer["bytes"])
+    shown["weights"] = f"{answer['weights']:,}"
+    shown["schemes"] = ", ".join(f"{n} x {text}" for text, n in answer["schemes"].items())
     shown["zero_rules"] = ", ".join(f"{n} x {r}" for r, n in answer["zero_rules"].items())
-    shown["dense"] = f"{len(model.dense)} modules: {', '.join(model.dense[:3])}" + (
-        " …" if len(model.dense) > 3 else ""
-    )
-    if zeros:
-        shown["zeros"] = ", ".join(f"{k} {v}" for k, v in answer["zeros"].items())
-    del shown["notes"]
+    dense = answer["dense"]
+    named = f"{len(dense)} modules: {', '.join(dense[:MOST_NAMED])}"
+    shown["dense"] = named + (" …" if len(dense) > MOST_NAMED else "")
+    if "zeros" in shown:
+        facts = dict(shown.pop("zeros"))
+        counts = facts.pop("histogram")
+        shown["zeros"] = ", ".join(f"{k} {v}" for k, v in facts.items())
+        for bits, times in counts.items():
+            shown[f"{bits}-bit zeros"] = ", ".join(f"{z}: {n}" for z, n in times.items())
     render.record({k.replace("_", " "): v for k, v in shown.items() if v != ""})
-    for note in model.notes:
-        render.warn(note)
+
+
+def show_engines(answers: list[Answer]) -> None:
+    """Print what engines do: the command where it runs, else why not."""
+    if not answers:
+        return
+    render.line()
+    render.table(
+        ("engine", "versions", "answer", "with, or why"),
+        [
+            (
+                one.engine.title,
+                one.versions,
+                one.outcome.value,
+                " - ".join(part for part in (one.command, one.why) if part),
+            )
+            for one in answers
+        ],
+    )
 
 
 def _architecture(value: Any) -> str:

@@ -30,10 +30,7 @@ from qplug_converters.survey import survey
 
 from . import compat
 from .compat import logger
-
-SERVED_BITS = 4
-KV_SCALE = re.compile(r"(output_scale|[qkv]_scale|kv_scale|[qkv]_zero_point)$")
-"""Tensors that some tools store inside a linear and that belong to the attention layer."""
+from .served import KV_SCALE, METHODS, alike, refusal
 
 _KV_NAMES = {
     r"\.self_attn\.([qkv])_proj\.output_scale$": r".self_attn.attn.\1_scale",
@@ -227,16 +224,12 @@ class QplugConfig(QuantizationConfig):
             )
         first, scheme = found[0]
         for module, other in found[1:]:
-            if self._alike(other) != self._alike(scheme):
+            if alike(other) != alike(scheme):
                 raise ValueError(
                     f"qplug: {prefix}: found {first} with {_stored(scheme)} and {module} with "
                     f"{_stored(other)}, expected all shards of a fused layer alike"
                 )
         return found
-
-    @staticmethod
-    def _alike(scheme: Scheme) -> tuple[object, ...]:
-        return scheme.in_features, scheme.bits, scheme.group_size, scheme.scale_dtype
 
     def _names(self, prefix: str) -> list[str]:
         """Return the names, in vLLM's terms, of the checkpoint's linears that a layer fuses."""
@@ -309,22 +302,9 @@ def _folder(model: str, revision: str | None) -> Path:
 def _refusals(model: ModelScheme, known: Format, checkpoint: Checkpoint) -> list[QplugError]:
     """Return everything that would not be served, or wrongly, as one problem each."""
     problems: list[QplugError] = []
-
-    def refuse(module: str, what: str, fix: str = "") -> None:
-        problems.append(Unsupported(what, module, fix=fix))
-
     for module, scheme in model.linears.items():
-        path = module.split(".")
-        if "experts" in path:
-            refuse(module, "quantized experts (MoE) are not served yet")
-        elif path[-1] in ("lm_head", "embed_out", "embed_tokens"):
-            refuse(module, "a quantized head or embedding is not served yet")
-        elif scheme.bits != SERVED_BITS:
-            refuse(
-                module, f"{scheme.bits}-bit linears are not served yet, only {SERVED_BITS}-bit ones"
-            )
-        elif scheme.act_order:
-            refuse(module, "act order (a g_idx that is not in order) is not served yet")
+        if reason := refusal(module, scheme):
+            problems.append(Unsupported(reason, module))
     biased = {module for module in model.linears if f"{module}.bias" in checkpoint.headers}
     expected = {_pattern(module) for module in biased}
     for module in model.linears:
@@ -348,7 +328,7 @@ def _refusals(model: ModelScheme, known: Format, checkpoint: Checkpoint) -> list
 class AWQConfig(QplugConfig):
     """`--quantization qplug-awq`."""
 
-    name = "qplug-awq"
+    name = METHODS["awq"]
     quant_method = "awq"
     formats = (awq.FORMAT,)
 
@@ -356,7 +336,7 @@ class AWQConfig(QplugConfig):
 class GPTQConfig(QplugConfig):
     """`--quantization qplug-gptq`: `checkpoint_format` gptq or gptq_v2, 4 bits."""
 
-    name = "qplug-gptq"
+    name = METHODS["gptq"]
     quant_method = "gptq"
     formats = (gptq_v2.FORMAT, gptq.FORMAT)
 

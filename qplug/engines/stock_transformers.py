@@ -1,0 +1,181 @@
+"""Stock Transformers 5.0 to 5.23 with the packages that its quantizers ask for.
+
+Looked at: `quantizers/quantizer_gptq.py`, `quantizer_awq.py`, `utils/quantization_config.py` of
+5.0.0 to 5.23.0; GPTQModel 7.7.0, which computes for both.
+"""
+
+from __future__ import annotations
+
+from . import properties as has
+from .facts import SIDE, TEXT, Facts
+from .rules import Engine, Outcome, Rule
+
+REFUSED, WRONG, RUNS, UNTESTED = Outcome.REFUSED, Outcome.WRONG, Outcome.RUNS, Outcome.UNTESTED
+PACKAGES = {
+    "gptq": "optimum gptqmodel",
+    "gptq_v2": "optimum gptqmodel",
+    "awq": "gptqmodel accelerate",
+}
+"""Format -> what its stock quantizer imports."""
+LOAD = "AutoModelForCausalLM.from_pretrained({!r})"
+
+
+def _in_side_file(facts: Facts) -> str | None:
+    if facts.place != SIDE:
+        return None
+    return "config.json has no quantization_config: linears get random weights"
+
+
+def _in_text_config(facts: Facts) -> str | None:
+    found = "the block is in text_config, which is not looked at: linears get random weights"
+    return found if facts.place == TEXT else None
+
+
+def _without_method(facts: Facts) -> str | None:
+    return None if facts.block.get("quant_method") else "the config has no quant_method"
+
+
+def _odd_method(facts: Facts) -> str | None:
+    method = facts.block.get("quant_method")
+    if not isinstance(method, str) or method == method.lower():
+        return None
+    return f"quant_method {method!r} is unknown in this spelling: linears get random weights"
+
+
+def _alias(facts: Facts) -> str | None:
+    size = facts.block.get("q_group_size")
+    if size in (None, 128) or facts.block.get("group_size") is not None:
+        return None
+    return f"q_group_size {size} is not read, and group size 128 taken"
+
+
+def _overridden(facts: Facts) -> str | None:
+    if not facts.block.get("dynamic"):
+        return None
+    return "its config class drops `dynamic`: modules named there are built like the others"
+
+
+def _legacy_zeros(facts: Facts) -> str | None:
+    if not any(scheme.zero_rule == "legacy3" for scheme in facts.linears.values()):
+        return None
+    return "GPTQModel 7.7 misreads the zeros of its own 3-bit files up to 6.0.3"
+
+
+def _saturated_zeros(facts: Facts) -> str | None:
+    count = sum(
+        scheme.zeros.at_maxq
+        for scheme in facts.linears.values()
+        if scheme.zero_rule == "plain" and scheme.zeros is not None
+    )
+    if not count:
+        return None
+    return f"GPTQModel takes {count} zeros for others than their writer meant"
+
+
+def _installed(facts: Facts) -> str:
+    return ""
+
+
+def _load(facts: Facts, folder: str) -> str:
+    packages = PACKAGES.get(facts.format)
+    return LOAD.format(folder) + (f"  # pip install {packages}" if packages else "")
+
+
+FOUND = (
+    Rule(
+        what="no block in config.json",
+        met=_in_side_file,
+        outcome=WRONG,
+        source="run, 5.19.0",
+    ),
+    Rule(
+        what="the block in text_config",
+        met=_in_text_config,
+        outcome=WRONG,
+        until="5.15",
+        source="read, 5.12.1 and 5.15.1",
+    ),
+    Rule(
+        what="no quant_method",
+        met=_without_method,
+        outcome=REFUSED,
+        source="run, 5.23.0",
+        repair=has.state_method,
+    ),
+    Rule(
+        what="a quant_method that is not in lower case",
+        met=_odd_method,
+        outcome=WRONG,
+        source="run, 5.23.0",
+        repair=has.state_method,
+    ),
+)
+"""Rules about a config that Transformers does not find, or takes for another."""
+_EXPERTS = Rule(
+    what="quantized experts, which its model classes hold fused",
+    met=has.experts,
+    outcome=UNTESTED,
+    source="",
+)
+_RUNS = Rule(
+    what="everything else, with the packages",
+    met=_installed,
+    outcome=RUNS,
+    source="read, quantizer_gptq.py, quantizer_awq.py, GPTQModel 7.7.0",
+)
+_GPTQ = (
+    *FOUND,
+    Rule(
+        what="a `dynamic`, which the config class drops",
+        met=_overridden,
+        outcome=UNTESTED,
+        source="run, 5.23.0: the config alone",
+    ),
+    Rule(
+        what="3-bit zeros of GPTQModel up to 6.0.3",
+        met=_legacy_zeros,
+        outcome=WRONG,
+        source="run, GPTQModel 7.7.0",
+    ),
+    Rule(
+        what="zeros stored as 2^bits - 1 by AutoGPTQ",
+        met=_saturated_zeros,
+        outcome=WRONG,
+        source="read, GPTQModel 7.7.0",
+    ),
+    _EXPERTS,
+    _RUNS,
+)
+TRANSFORMERS = Engine(
+    key="transformers",
+    title="Transformers",
+    first="5.0",
+    last="5.23",
+    stock=True,
+    command=_load,
+    rules={
+        "gptq": _GPTQ,
+        "gptq_v2": _GPTQ,
+        "awq": (
+            *FOUND,
+            Rule(
+                what="q_group_size without group_size",
+                met=_alias,
+                outcome=WRONG,
+                source="run, 5.23.0: the config alone",
+                repair=lambda facts: {"group_size": facts.block["q_group_size"]},
+            ),
+            _EXPERTS,
+            _RUNS,
+        ),
+        "canonical": (
+            *FOUND,
+            Rule(
+                what="qplug's own form",
+                met=lambda facts: "no file named model.safetensors",
+                outcome=REFUSED,
+                source="run, 5.23.0",
+            ),
+        ),
+    },
+)

@@ -1,0 +1,286 @@
+"""Stock vLLM on CUDA and on a CPU, and with humming: versions 0.21 to 0.33.
+
+Looked at: `gptq.py` of 0.21.0 and what took its place in 0.22.1; `auto_gptq.py`, `auto_awq.py`,
+`utils/gptq_utils.py`, `utils/marlin_utils.py`, `kernels/linear/mixed_precision/cpu.py` of 0.26.0 to
+0.33.0; `humming.py` of 0.32.0 and 0.33.0 with humming-kernels 0.1.19. `run` means: 0.32.0 on a CPU,
+which `integration/vllm/test_stock.py` does again.
+"""
+
+from __future__ import annotations
+
+from shlex import quote
+
+from . import properties as has
+from .facts import Facts
+from .rules import Engine, Outcome, Rule
+
+REFUSED, WRONG, RUNS, UNTESTED = Outcome.REFUSED, Outcome.WRONG, Outcome.RUNS, Outcome.UNTESTED
+RUN = "run, 0.32.0 on a CPU"
+
+
+def _found(keys: tuple[str, ...]) -> tuple[Rule, ...]:
+    """Return the rules about a config that vLLM does not find, or finds not whole."""
+    return (
+        Rule(
+            what="no block in config.json",
+            met=has.in_side_file,
+            outcome=REFUSED,
+            source=RUN,
+        ),
+        Rule(
+            what="no quant_method",
+            met=has.without_method,
+            outcome=REFUSED,
+            source=RUN,
+            repair=has.state_method,
+        ),
+        Rule(
+            what=f"a missing key: {', '.join(key.partition('|')[0] for key in keys)}",
+            met=has.missing_key(*keys),
+            outcome=REFUSED,
+            source=RUN,
+            repair=has.state_missing(*keys),
+        ),
+    )
+
+
+_HALF = Rule(
+    what="a fused layer (qkv, gate and up) with dense and quantized parts",
+    met=has.half_quantized,
+    outcome=REFUSED,
+    source=RUN,
+)
+_NAMES = Rule(
+    what="a Mixtral whose experts have Transformers' new names",
+    met=has.unknown_names,
+    outcome=REFUSED,
+    source=RUN,
+)
+
+_GPTQ = (
+    *_found(("bits", "group_size", "desc_act", "sym")),
+    Rule(
+        what="desc_act is true and the group size not -1, whatever g_idx says",
+        met=has.flagged_order,
+        outcome=REFUSED,
+        since="0.30",
+        source=RUN,
+        repair=has.state_order,
+    ),
+    Rule(
+        what="bits and sym other than 4 or 8 with sym true",
+        met=has.other_type,
+        outcome=REFUSED,
+        since="0.22",
+        source=f"{RUN}; read, 0.22.1",
+        repair=has.state_symmetry,
+    ),
+    Rule(
+        what="a group size other than -1, 32, 64, 128",
+        met=has.other_group,
+        outcome=REFUSED,
+        since="0.22",
+        source=RUN,
+        repair=has.state_groups,
+    ),
+    Rule(
+        what="inputs that are no whole groups",
+        met=has.cut_group,
+        outcome=UNTESTED,
+        until="0.22",
+        source="",
+    ),
+    Rule(
+        what="inputs that are no whole groups",
+        met=has.cut_group,
+        outcome=REFUSED,
+        source="read, auto_gptq.py: scales of another shape",
+    ),
+    Rule(
+        what="a rule of dynamic that does not match the name of the fused layer",
+        met=has.other_reading,
+        outcome=REFUSED,
+        source=RUN,
+    ),
+    _HALF,
+    _NAMES,
+    Rule(
+        what="a quantized head whose vocabulary is no multiple of 64",
+        met=has.ragged_head,
+        outcome=REFUSED,
+        source=RUN,
+    ),
+    Rule(
+        what="act order that desc_act denies: g_idx is not read",
+        met=has.hidden_order,
+        outcome=WRONG,
+        source=RUN,
+    ),
+    Rule(
+        what="sym is true and zeros are not the midpoint: zeros are not read",
+        met=has.hidden_zeros,
+        outcome=WRONG,
+        source=RUN,
+    ),
+)
+_AWQ = (
+    *_found(("bits|w_bit", "group_size|q_group_size", "zero_point")),
+    Rule(
+        what="scales of a KV cache beside an empty modules_to_not_convert",
+        met=has.guessed_list,
+        outcome=REFUSED,
+        source=RUN,
+        repair=has.state_list,
+    ),
+    Rule(
+        what="an entry of modules_to_not_convert that is part of a quantized linear's name",
+        met=has.skipped,
+        outcome=REFUSED,
+        source=RUN,
+        repair=has.state_list,
+    ),
+    Rule(
+        what="a stated group size larger than the inputs",
+        met=has.other_awq_shapes,
+        outcome=REFUSED,
+        source=RUN,
+        repair=has.state_awq_group,
+    ),
+    _HALF,
+    _NAMES,
+)
+_RUNS = Rule(what="everything else", met=has.always, outcome=RUNS, source=RUN)
+_CUDA_RUNS = Rule(
+    what="everything else",
+    met=has.always,
+    outcome=RUNS,
+    source="read, auto_gptq.py and auto_awq.py; gptq.py of 0.21.0",
+)
+_CPU_ONLY = (
+    Rule(
+        what="bits other than 4",
+        met=has.eight_bits,
+        outcome=REFUSED,
+        source=RUN,
+    ),
+    Rule(
+        what="in or out features that are no multiples of 32",
+        met=has.odd_sizes,
+        outcome=REFUSED,
+        source="read, cpu.py",
+    ),
+    Rule(
+        what="experts: only on a CPU with AMX, computed in bfloat16",
+        met=has.experts,
+        outcome=UNTESTED,
+        source="read, CPUExpertsInt4",
+    ),
+)
+_OTHER_AWQ_GROUPS = Rule(
+    what="a group size other than -1, 32, 64, 128: the old AWQ kernels, for some shapes",
+    met=has.other_awq_group,
+    outcome=UNTESTED,
+    source="read, auto_awq.py",
+)
+_ODD_GROUPS = Rule(
+    what="an odd group size", met=has.odd_groups, outcome=REFUSED, source="read, cpu.py"
+)
+_UNKNOWN_METHOD = Rule(
+    what="qplug's own form",
+    met=lambda facts: "an unknown quant_method, qplug",
+    outcome=REFUSED,
+    source=RUN,
+)
+_HUMMING = (
+    *_found(("bits|w_bit", "group_size|q_group_size")),
+    Rule(
+        what="desc_act is true",
+        met=has.any_order,
+        outcome=REFUSED,
+        source="read, humming/schema/gptq.py",
+        repair=has.state_order,
+    ),
+    Rule(
+        what="one group per row: its shapes know no group size of -1",
+        met=has.one_group,
+        outcome=UNTESTED,
+        source="read, humming/schema/gptq.py",
+    ),
+    Rule(
+        what="inputs that are no whole groups",
+        met=has.cut_group,
+        outcome=UNTESTED,
+        source="",
+    ),
+    _HALF,
+    _NAMES,
+    Rule(
+        what="act order that desc_act denies",
+        met=has.hidden_order,
+        outcome=WRONG,
+        source="read, humming/schema/gptq.py",
+    ),
+    Rule(
+        what="asymmetric GPTQ v1: stored zeros are taken as they are, one too low",
+        met=has.asymmetric_v1,
+        outcome=WRONG,
+        source="read, humming/schema/gptq.py",
+    ),
+    Rule(
+        what="everything else",
+        met=lambda facts: "as its source says, not run",
+        outcome=RUNS,
+        source="read, humming.py of 0.32.0 and 0.33.0",
+    ),
+)
+
+
+def _serve(facts: Facts, folder: str) -> str:
+    return f"vllm serve {quote(folder)}"
+
+
+def _serve_humming(facts: Facts, folder: str) -> str:
+    return f"vllm serve {quote(folder)} --quantization humming"
+
+
+VLLM = Engine(
+    key="vllm",
+    title="vLLM",
+    first="0.21",
+    last="0.33",
+    stock=True,
+    command=_serve,
+    rules={
+        "gptq": (*_GPTQ, _CUDA_RUNS),
+        "gptq_v2": (*_GPTQ, _CUDA_RUNS),
+        "awq": (*_AWQ, _OTHER_AWQ_GROUPS, _CUDA_RUNS),
+        "canonical": (_UNKNOWN_METHOD,),
+    },
+)
+VLLM_CPU = Engine(
+    key="vllm-cpu",
+    title="vLLM on a CPU",
+    first="0.26",
+    last="0.32",
+    stock=True,
+    command=_serve,
+    rules={
+        "gptq": (*_GPTQ, *_CPU_ONLY, _RUNS),
+        "gptq_v2": (*_GPTQ, *_CPU_ONLY, _RUNS),
+        "awq": (*_AWQ, _ODD_GROUPS, *_CPU_ONLY, _RUNS),
+        "canonical": (_UNKNOWN_METHOD,),
+    },
+)
+VLLM_HUMMING = Engine(
+    key="vllm+humming",
+    title="vLLM with humming",
+    first="0.32",
+    last="0.33",
+    stock=False,
+    command=_serve_humming,
+    rules={
+        "gptq": _HUMMING,
+        "gptq_v2": _HUMMING,
+        "awq": _HUMMING,
+    },
+)

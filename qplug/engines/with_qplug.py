@@ -1,0 +1,125 @@
+"""vLLM and Transformers with qplug installed: what this version of it serves and loads."""
+
+from __future__ import annotations
+
+from shlex import quote
+
+from ..transformers import METHODS as LOADED
+from ..vllm.served import METHODS, alike, refusal
+from . import properties as has
+from .facts import FUSED, SIDE, Facts
+from .rules import Engine, Outcome, Rule
+from .stock_transformers import FOUND, LOAD
+
+OURS = "run, this version"
+
+
+def _refused(facts: Facts) -> str | None:
+    for module, scheme in facts.linears.items():
+        if reason := refusal(module, scheme):
+            return f"{module}: {reason}"
+    return None
+
+
+def _different(facts: Facts) -> str | None:
+    for module, scheme in facts.linears.items():
+        parent, dot, last = module.rpartition(".")
+        for parts in FUSED.values():
+            for other in (f"{parent}{dot}{part}" for part in parts if last == parts[0]):
+                if other in facts.linears and alike(facts.linears[other]) != alike(scheme):
+                    return f"{module} and {other} differ, and vLLM makes one layer of them"
+    return None
+
+
+def _without_method(facts: Facts) -> str | None:
+    return None if facts.place == SIDE else has.without_method(facts)
+
+
+def _served(facts: Facts) -> str:
+    return ""
+
+
+def _serve(facts: Facts, folder: str) -> str:
+    scales = " --kv-cache-dtype fp8" if facts.kv_scales else ""
+    return f"vllm serve {quote(folder)} --quantization {METHODS[facts.format]}{scales}"
+
+
+def _load(facts: Facts, folder: str) -> str:
+    return LOAD.format(folder)
+
+
+_RULES = (
+    Rule(
+        what="no quant_method in the block of config.json",
+        met=_without_method,
+        outcome=Outcome.REFUSED,
+        source=OURS,
+        repair=has.state_method,
+    ),
+    Rule(
+        what="linears that the plugin does not serve",
+        met=_refused,
+        outcome=Outcome.REFUSED,
+        source=OURS,
+    ),
+    Rule(
+        what="a fused layer (qkv, gate and up) with dense and quantized parts",
+        met=has.half_quantized,
+        outcome=Outcome.REFUSED,
+        source=OURS,
+    ),
+    Rule(
+        what="a fused layer (qkv, gate and up) whose parts differ",
+        met=_different,
+        outcome=Outcome.REFUSED,
+        source=OURS,
+    ),
+    Rule(what="everything else", met=_served, outcome=Outcome.RUNS, source=OURS),
+)
+_LOADED = (
+    *FOUND,
+    Rule(
+        what="everything else, with nothing besides",
+        met=_served,
+        outcome=Outcome.RUNS,
+        source="run, 5.15 to 5.23",
+    ),
+)
+VLLM_QPLUG = Engine(
+    key="vllm+qplug",
+    title="vLLM with qplug",
+    first="0.28",
+    last="0.33",
+    stock=False,
+    command=_serve,
+    rules=dict.fromkeys(METHODS, _RULES)
+    | {
+        "canonical": (
+            Rule(
+                what="qplug's own form",
+                met=lambda facts: "the plugin serves gptq and awq; convert it",
+                outcome=Outcome.REFUSED,
+                source=OURS,
+            ),
+        )
+    },
+)
+TRANSFORMERS_QPLUG = Engine(
+    key="transformers+qplug",
+    title="Transformers with qplug",
+    first="5.15",
+    last="5.23",
+    stock=False,
+    command=_load,
+    rules={name: _LOADED for name in METHODS if METHODS[name].removeprefix("qplug-") in LOADED}
+    | {
+        "canonical": (
+            Rule(
+                what="qplug's own form",
+                met=lambda facts: "a form that Transformers has no modules for; convert it",
+                outcome=Outcome.REFUSED,
+                source=OURS,
+            ),
+        )
+    },
+)
