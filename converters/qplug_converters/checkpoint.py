@@ -18,6 +18,7 @@ from .shards import MAX_HEADER, Shards, parse_json
 from .source import PICKLES, REPAIR, Folder, Source, Span, plain
 
 INDEX = "model.safetensors.index.json"
+CERTIFICATE = "qplug-certificate.json"
 SIDE_CONFIGS = ("quantize_config.json", "quant_config.json")
 OTHER_WEIGHTS = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", *PICKLES)
 
@@ -146,8 +147,15 @@ class Checkpoint:
             for name in self._names
             if not name.endswith(("/", *OTHER_WEIGHTS, ".index.json"))
             and not name.startswith(".")
-            and name not in ("config.json", "qplug-certificate.json", *SIDE_CONFIGS)
+            and name not in ("config.json", CERTIFICATE, *SIDE_CONFIGS)
         ]
+
+    @property
+    def model_names(self) -> list[str]:
+        """Names of all files that make up the model: weights, configs, certificate, and others."""
+        mine = {"config.json", CERTIFICATE, *SIDE_CONFIGS, *(s.name for s in self.shards)}
+        index = {n for n in self._names if n.endswith(".safetensors.index.json")}
+        return [n for n in self._names if n in mine | index | set(self.other_names)]
 
     @property
     def other_files(self) -> list[Path]:

@@ -12,16 +12,13 @@ from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from .checkpoint import Checkpoint
+from .checkpoint import CERTIFICATE, Checkpoint
 from .errors import QplugError
 from .job import Advance, Rows, ShardJob, ShardResult, cut_shards, run, run_alone, tasks_of
 from .plan import Plan
-from .shards import read_json
 from .threads import workers
 from .version import __version__
 from .writer import MAX_SHARD, Writer
-
-CERTIFICATE = "qplug-certificate.json"
 
 Progress = Callable[[int, int, str], None]
 """`(bytes done, bytes in all, what)`, called from the thread that called `execute`."""
@@ -45,7 +42,7 @@ def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any]
     """Return config.json and the side files of the converted checkpoint."""
     config = dict(checkpoint.config)
     if plan.copied_whole:
-        return config, {n: read_json(checkpoint.folder / n) for n in checkpoint.side_configs}
+        return config, {n: checkpoint.read_json(n) for n in checkpoint.side_configs}
     text = config.get("text_config")
     if isinstance(text, Mapping) and "quantization_config" in text:
         config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}

@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import render
-from .options import Folder, format_name, json_option, zero_rule_option
+from .options import format_name, json_option, zero_rule_option
+from .source import Place, open_source
 
 if TYPE_CHECKING:
     from qplug_converters.format import Format
     from qplug_converters.scheme import ModelScheme
 
     from ..engines import Answer
+    from ..repository import Repository
 
 MOST_NAMED = 3
 """Dense modules that are named."""
 
 
 @click.command()
-@click.argument("src", type=Folder())
+@click.argument("src", type=Place())
 @click.option(
     "--from",
     "source",
@@ -35,18 +37,18 @@ MOST_NAMED = 3
 @zero_rule_option
 @json_option
 def command(
-    src: Path, source: Format | None, zeros: bool, zero_rule: str | None, as_json: bool
+    src: Path | Repository, source: Format | None, zeros: bool, zero_rule: str | None, as_json: bool
 ) -> None:
     """Show format, schemes, act order and contradictions of the checkpoint in SRC.
 
-    A table says what stock engines do with it, version by version, and what they do with qplug.
+    SRC is a folder, or owner/name[@revision] on the Hub: then its headers alone are read. A table
+    says what stock engines do with it, version by version, and what they do with qplug.
     """
-    from qplug_converters.checkpoint import open_checkpoint
     from qplug_converters.survey import histogram, survey
 
     from ..engines import ENGINES, judge, of_checkpoint
 
-    checkpoint = open_checkpoint(src, zero_rule)
+    checkpoint = open_source(src, zero_rule)
     stored = sum(spec.nbytes for spec in checkpoint.headers.values())
     found = checkpoint.detect(source)
     answer: dict[str, Any] = {
@@ -71,7 +73,8 @@ def command(
     if zeros and (counts := _zeros(model)):
         answer["zeros"] = counts | {"histogram": histogram(checkpoint, found, model)}
     facts = of_checkpoint(checkpoint, model)
-    answers = [a for engine in ENGINES for a in judge(engine, facts, str(src))]
+    where = str(src) if isinstance(src, Path) else src.name
+    answers = [a for engine in ENGINES for a in judge(engine, facts, where)]
     if as_json:
         render.data(answer | {"engines": [one.as_json() for one in answers]})
         return

@@ -1,0 +1,47 @@
+"""SRC of a command: a folder, or a repository of a model hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..repository import Repository
+from . import render
+from .options import Folder
+
+if TYPE_CHECKING:
+    from qplug_converters.checkpoint import Checkpoint
+
+
+class Place(Folder):
+    """A folder that exists, or else `owner/name[@revision]`."""
+
+    name = "place"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a path, or the `Repository` that the text names where there is no such path."""
+        path = super().convert(value, param, ctx)
+        if os.path.lexists(path):
+            return path
+        return Repository.parse(str(value)) or path
+
+
+def open_source(
+    src: Path | Repository, zero_rule: str | None = None, work: Path | None = None
+) -> Checkpoint:
+    """Open a checkpoint wherever it lies; see `open_checkpoint`.
+
+    Files of a repository that are needed whole are fetched into `work`, or else into the cache of
+    huggingface_hub.
+    """
+    from qplug_converters.checkpoint import open_checkpoint
+
+    if isinstance(src, Path):
+        return open_checkpoint(src, zero_rule)
+    from ..hub import HubSource, quiet
+
+    quiet(bars=False)
+    return open_checkpoint(HubSource(src, work, render.say), zero_rule)
