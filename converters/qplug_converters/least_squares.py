@@ -8,6 +8,7 @@ the group, neither on its neighbours in a block nor on threads or the device.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -247,48 +248,65 @@ class Best:
     def refine(self, span: Span, dtype: torch.dtype) -> None:
         """Alternate least squares and new codes until no group gains."""
         del self.steps, self.near
-        values, unit = self.values, self.unit
-        live = torch.arange(len(unit), device=values.device)
-        _, scale, zero = _least_squares(values, (self.scale, self.zero), self.levels, span, dtype)
+        live = torch.arange(len(self.unit), device=self.values.device)
+        groups = _Moments(self.values, add_up(self.values.clone()), add_up(self.values.square()))
+        room = torch.empty(3 * self.values.numel(), device=live.device)
+        _, *grid = groups.regress((self.scale, self.zero.clone()), self.levels, span, dtype, room)
         for _ in range(_ROUNDS):
-            error, *following = _least_squares(values, (scale, zero), self.levels, span, dtype)
-            error *= (scale * unit[live]).square_()
-            better = error < self.error[live]
-            live = live[better]
-            if not len(live):
+            scale, zero = grid
+            error, *grid = groups.regress((scale, zero), self.levels, span, dtype, room)
+            error *= (scale * self.unit[live]).square_()
+            better = (error < self.error[live]).nonzero().view(-1)
+            if not len(better):
                 return
-            self.error[live] = error[better]
-            self.scale[live], self.zero[live] = scale[better], zero[better]
-            scale, zero = (each[better] for each in following)
-            values = values[:, better]
+            if len(better) < len(live):
+                live, groups = live[better], groups.some(better)
+                error, scale, zero = error[better], scale[better], zero[better]
+                grid = [each[better] for each in grid]
+            self.error[live], self.scale[live], self.zero[live] = error, scale, zero
 
 
-def _least_squares(
-    values: Tensor, grid: Grid, levels: Levels, span: Span, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the errors of grids, in squared steps, and the scales and zeros best for their codes.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moments:
+    """Groups, their sums and their sums of squares."""
 
-    With w = scale (c + r), c the level and r the rest, w is regressed on c: its intercept moves
-    the zero by d whole steps, and the new scale is that of w regressed on c - d alone.
-    """
-    scale, zero = grid
-    sums = values.new_empty(5, *values.shape)
-    rest, near = sums[0], sums[1]
-    torch.mul(values, scale.reciprocal(), out=rest)
-    levels.snap(rest, zero, near)
-    rest -= near
-    torch.mul(rest, near, out=sums[2])
-    torch.mul(near, near, out=sums[3])
-    torch.mul(rest, rest, out=sums[4])
-    if span[0] == span[1]:
-        rc, cc, rr = add_up(sums[2:])
-    else:
-        r, c, rc, cc, rr = add_up(sums)
-        count = len(values)
-        slope = 1 + (rc - r * c / count) / (cc - c * c / count)
-        shift = torch.nan_to_num((c - (r + c) / slope) / count).round_()
-        shift = (zero + shift).clamp_(*span) - zero
-        zero = zero + shift
-        rc = rc + shift * (c - r - shift * count)
-        cc = cc - shift * (2 * c - shift * count)
-    return rr, _stored(torch.nan_to_num(scale * (1 + rc / cc)), dtype), zero
+    values: Tensor
+    total: Tensor
+    squares: Tensor
+
+    def some(self, which: Tensor) -> _Moments:
+        """Return the groups of these indices."""
+        return _Moments(self.values.index_select(1, which), self.total[which], self.squares[which])
+
+    def regress(
+        self, grid: Grid, levels: Levels, span: Span, dtype: torch.dtype, room: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the errors of grids, in squared steps; scales and zeros best for their codes.
+
+        With w = scale (c + r), c the level and r the rest, w is regressed on c: its intercept
+        moves the zero by d whole steps, and the new scale is that of w regressed on c - d alone.
+        `room` is scratch for three times the values.
+        """
+        (scale, zero), count = grid, len(self.values)
+        inverse = scale.reciprocal()
+        sums = room[: 3 * self.values.numel()].view(3, *self.values.shape)
+        rest, near = sums[0], sums[1]
+        torch.mul(self.values, inverse, out=rest)
+        levels.snap(rest, zero, near)
+        rest -= near
+        near *= rest
+        torch.mul(rest, rest, out=sums[2])
+        if span[0] == span[1]:
+            rc, rr = add_up(sums[1:])
+            cc = self.squares * inverse.square() - 2 * rc - rr
+        else:
+            r, rc, rr = add_up(sums)
+            c = self.total * inverse - r
+            cc = self.squares * inverse.square() - 2 * rc - rr
+            slope = 1 + (rc - r * c / count) / (cc - c * c / count)
+            shift = torch.nan_to_num((c - (r + c) / slope) / count).round_()
+            shift = (zero + shift).clamp_(*span) - zero
+            zero = zero + shift
+            rc = rc + shift * (c - r - shift * count)
+            cc = cc - shift * (2 * c - shift * count)
+        return rr.clone(), _stored(torch.nan_to_num(scale * (1 + rc / cc)), dtype), zero
