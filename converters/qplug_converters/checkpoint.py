@@ -173,7 +173,8 @@ class Checkpoint:
         out: Transformers drops keys (`dynamic`, `meta`) that a side file still has.
         """
         places: list[tuple[Any, str]] = [
-            (self.config.get("quantization_config"), "config.json quantization_config")
+            (self.config.get("quantization_config"), "config.json quantization_config"),
+            (self.config.get("compression_config"), "config.json compression_config"),
         ]
         text = self.config.get("text_config")
         if isinstance(text, dict):

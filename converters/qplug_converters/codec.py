@@ -85,11 +85,14 @@ def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
     weights in the stored dtype, `g_idx` as int32 `[in]`.
     """
     if part.packing is None:
+        if part.shared:
+            stored = stored.expand(sizes["out"], sizes["group"])
         plain: Tensor = rearrange(stored, swapped(part.stream), **dict(part.lengths))
         if part.multiple > 1:
             plain = plain[:, : sizes["group"]]
         if part.shift:
-            return (plain.to(torch.int16) - part.shift).to(torch.uint8)
+            shifted = plain.to(torch.int16) - part.shift
+            return shifted if part.holds is Holds.ZEROS else shifted.to(torch.uint8)
         return plain.contiguous()
     if (route := _route(part, sizes["inp"])) is not None:
         transposed, codes_transposed = route
@@ -145,6 +148,8 @@ def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
         if part.shift:
             values = values.to(torch.int16) + part.shift
         stored = rearrange(values, part.stream, **dict(part.lengths)).to(dtype)
+        if part.shared:
+            stored = stored.reshape(-1)[:1]
     else:
         if part.holds is Holds.CODES and (route := _route(part, values.shape[1])) is not None:
             transposed, codes_transposed = route
@@ -176,6 +181,7 @@ def _literal_pack(part: Part, values: Tensor) -> Tensor:
     else:
         found = bitstream.pack(rows, part.packing)
     stored = np.ascontiguousarray(rearrange(found, part.stored) if part.stored else found)
+    stored = stored.reshape(-1).reshape(stored.shape)  # an axis of one keeps a foreign stride
     signed = {1: np.uint8, 2: np.int16, 4: np.int32}[stored.dtype.itemsize]
     return torch.from_numpy(stored.view(signed)).view(TORCH_DTYPES[part.dtype])
 
@@ -273,7 +279,21 @@ def _grid(scheme: Scheme, found: Mapping[Holds, Tensor], first_row: int) -> Grid
         check_scales(offsets, "offsets")
         return OffsetGrid(scales, offsets, scheme.group_size)
     g_idx = found.get(Holds.G_IDX) if scheme.act_order else None
-    return AffineGrid(scales, found[Holds.ZEROS], scheme.group_size, g_idx)
+    zeros = found.get(Holds.ZEROS)
+    if zeros is None:
+        zeros = implied(Holds.ZEROS, scheme)
+    return AffineGrid(scales, zeros, scheme.group_size, g_idx)
+
+
+def implied(holds: Holds, scheme: Scheme) -> Tensor:
+    """Return the numbers that a layout without a part for them means.
+
+    Zeros are int16 `[out, groups]`, each the midpoint; `g_idx` is int32 `[in]`, groups in order.
+    """
+    if holds is Holds.ZEROS:
+        shape = (scheme.out_features, scheme.groups)
+        return torch.full(shape, scheme.midpoint, dtype=torch.int16)
+    return torch.arange(scheme.in_features, dtype=torch.int32) // scheme.group_size
 
 
 def _codebook(

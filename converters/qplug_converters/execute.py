@@ -47,7 +47,8 @@ def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any]
     if isinstance(text, Mapping) and "quantization_config" in text:
         config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
     written = plan.target.write(plan.goal)
-    config.pop("quantization_config", None)
+    for key in ("quantization_config", "compression_config"):
+        config.pop(key, None)
     if written.block is not None:
         config["quantization_config"] = dict(written.block)
     else:

@@ -63,6 +63,10 @@ class Capacity:
     kind: Kind = Kind.AFFINE
 
 
+def _always(scheme: Scheme) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """What a format writes besides tensors: the config block and its side files."""
@@ -104,6 +108,12 @@ class Format:
         first; empty where there is only one.
     foreign_rules
         Rules of files labelled wrongly, with what such a file really is.
+    current
+        `scheme -> bool`: whether readers of today take a linear stored like this; one that they
+        do not take is written anew where others would be copied.
+    decisive
+        Keys of the config that two files must not differ in. Those that describe linears are not
+        among them: they are compared with the tensors when a file is read, in either file.
     """
 
     name: str
@@ -119,6 +129,15 @@ class Format:
     shard_stem: str = "model"
     zero_rules: tuple[str, ...] = ()
     foreign_rules: tuple[tuple[str, str], ...] = ()
+    current: Callable[[Scheme], bool] = _always
+    decisive: tuple[str, ...] = (
+        "quant_method",
+        "checkpoint_format",
+        "format",
+        "version",
+        "lm_head",
+        "pack_dtype",
+    )
 
     def cannot(self, scheme: Scheme) -> str | None:
         """Return why this format cannot hold `scheme` as it is, or `None`."""

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from . import moves
 from .checkpoint import Checkpoint
-from .codec import check_scales, constant, decode, encode, translate
+from .codec import check_scales, constant, decode, encode, implied, pack_part, translate
 from .errors import QplugError
 from .layout import Holds, Layout, Part, TensorSpec
 from .plan import Plan, Step
@@ -305,9 +304,8 @@ def _convert_parts(
             shard.put(name, constant(part))
             continue
         before = linear.source.part(part.holds)
-        if before is None:  # only a g_idx can be asked for that the source does without
-            groups = torch.arange(step.target.in_features, dtype=torch.int32)
-            shard.put(name, groups // step.target.group_size)
+        if before is None:  # a g_idx, or the zeros of a symmetric source
+            shard.put(name, pack_part(part, implied(part.holds, step.target)))
             continue
         if part.holds is Holds.SCALES:
             check_scales(stored[before.name])

@@ -172,7 +172,9 @@ class Part:
     multiple
         The number of groups is padded with zeros to a multiple of this.
     shift
-        What is added to a code where it is stored unpacked (int8 files: -128).
+        What is added to a code or zero where it is stored unpacked (int8 files: -128).
+    shared
+        One value for the whole linear, stored as `[1]`: what the patterns say is spread from it.
     constant
         The bytes that the tensor always has in this scheme; such a part has no patterns but a
         shape, `constant_shape`.
@@ -188,6 +190,7 @@ class Part:
     lengths: tuple[tuple[str, int], ...] = ()
     multiple: int = 1
     shift: int = 0
+    shared: bool = False
     constant: bytes = b""
     constant_shape: tuple[int, ...] = ()
 
@@ -217,6 +220,8 @@ class Part:
         """What each stored axis runs over: `out`, `inp`, `group` …, in stored order."""
         if self.holds is Holds.CONSTANT:
             return ("1",) * len(self.constant_shape)
+        if self.shared:
+            return ("1",)
         return _stored_axes(self.stream, self.stored)
 
     def sizes_of(self, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -90,7 +90,9 @@ class Scheme:
     codebook, the weights that share an absmax). `sym` and `desc_act` are what
     the config claims (`None`: nothing); `act_order` is the fact read from `g_idx`, and `zeros` and
     `scales`, once surveyed, the facts about those. `has_g_idx` says that the file stores a
-    `g_idx`, needed or not.
+    `g_idx`, needed or not. `per_word` is the number of codes in a stored word where they do not
+    fill it (`Packing.per_word`; 0: they do), and `shared` says that the one scale and zero of the
+    whole linear are stored once.
     """
 
     out_features: int
@@ -107,6 +109,8 @@ class Scheme:
     scales: ScaleFacts | None = None
     kind: Kind = Kind.AFFINE
     codebook: Codebook | None = None
+    per_word: int = 0
+    shared: bool = False
 
     @property
     def groups(self) -> int:
@@ -161,7 +165,9 @@ class ModelScheme:
     `dense` are modules with a 2-D `weight` that are not quantized (embeddings included).
     `producer` is the tool that wrote the file, as the file names it. `notes` are contradictions
     that do not stop a conversion, one sentence each. `block` is the raw quantization config.
-    `forced` says that a zero rule other than the producer's was asked for.
+    `forced` says that a zero rule other than the producer's was asked for. `kv_scheme` is how the
+    KV cache is quantized where the checkpoint holds scales for it, in the words of
+    compressed-tensors' `kv_cache_scheme`.
     """
 
     format: str
@@ -171,3 +177,4 @@ class ModelScheme:
     notes: tuple[str, ...] = ()
     block: Mapping[str, Any] = field(default_factory=dict)
     forced: bool = False
+    kv_scheme: Mapping[str, Any] = field(default_factory=dict)

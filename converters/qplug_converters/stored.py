@@ -64,7 +64,7 @@ def read_linear(
     found = stored[scales.name]
     if found.dtype not in FLOATS:
         raise QplugError(str(found), f"{module}.{scales.name}", " or ".join(FLOATS), INCOMPLETE)
-    groups = found.shape[scales.axes.index("group")]
+    groups = 1 if scales.shared else found.shape[scales.axes.index("group")]
     length = stored[g_idx].shape[0] if g_idx else None
     where, shape = f"{module}.{codes.name}", stored[codes.name]
     out = _length(where, codes, shape, "out")

@@ -135,6 +135,10 @@ def _facts(tensors: HasPeek, module: str, part: Part, scheme: Scheme, rule: str)
 def _blocks(tensors: HasPeek, module: str, part: Part) -> Iterator[NDArray[np.generic]]:
     """Iterate over the stored zeros of one linear, a block of rows at a time."""
     stored = tensors.peek(f"{module}.{part.name}")
+    if part.shared:
+        stored = stored.reshape(1, 1)
+    if part.shift:
+        stored = stored.astype(np.int16) - np.int16(part.shift)
     if part.packing is not None and part.stored:
         stored = rearrange(stored, swapped(part.stored))
     step = max(1, BLOCK // max(1, stored.shape[1]))

@@ -169,7 +169,7 @@ def _numel(a: Side, b: Side, module: str) -> int:
 
 def _configs(a: Side, b: Side) -> list[str]:
     """Compare config.json outside the quantization block, and the dtype where neither is dense."""
-    ignored = {"quantization_config", "transformers_version", "_name_or_path"}
+    ignored = {"quantization_config", "compression_config", "transformers_version", "_name_or_path"}
     if a.format is None or b.format is None:
         ignored |= {"dtype", "torch_dtype"}
     one, two = (
@@ -184,19 +184,14 @@ def _configs(a: Side, b: Side) -> list[str]:
     return found + _blocks(a, b)
 
 
-_SAID = ("quant_method", "checkpoint_format", "format", "version", "lm_head", "pack_dtype")
-"""Keys of a quantization config that two files of one format must not differ in. Those that
-describe linears are compared with the tensors when a file is read, in either file."""
-
-
 def _blocks(a: Side, b: Side) -> list[str]:
     """Compare the quantization configs of two checkpoints of one format."""
-    if a.format is not b.format or a.model is None or b.model is None:
+    if a.format is None or a.format is not b.format or a.model is None or b.model is None:
         return []
     one, two = a.model.block, b.model.block
     return [
         f"quantization_config {key}: {json.dumps(one[key])} and {json.dumps(two[key])}"
-        for key in _SAID
+        for key in a.format.decisive
         if one.get(key) is not None and two.get(key) is not None and one[key] != two[key]
     ]
 

@@ -2,13 +2,14 @@
 
 from ..errors import QplugError
 from ..format import Format
-from . import awq, canonical, dense, gptq, gptq_v2
+from . import awq, canonical, compressed_tensors, dense, gptq, gptq_v2
 
 FORMATS: tuple[Format, ...] = (
     canonical.FORMAT,
     gptq_v2.FORMAT,
     gptq.FORMAT,
     awq.FORMAT,
+    compressed_tensors.FORMAT,
     dense.FORMAT,
 )
 

@@ -1,0 +1,492 @@
+"""compressed-tensors `pack-quantized` as llmcompressor 0.14.0.1 writes it (release 0.20.0).
+
+Tensors of a linear, `b` bits (1 to 8), `n_g = in / group_size` groups:
+
+| name                | dtype           | shape                  | packed along                  |
+|---------------------|-----------------|------------------------|-------------------------------|
+| `weight_packed`     | int32           | [out, ceil(in * b/32)] | in: a row is one bit stream   |
+| `weight_scale`      | the model's     | [out, n_g]             | -                             |
+| `weight_zero_point` | int32           | [ceil(out * b/32), n_g]| out; asymmetric files only    |
+| `weight_shape`      | int64 or int32  | [2] = out, in          | -                             |
+| `weight_g_idx`      | int32           | [in]                   | -; `actorder: group`, <= 0.18 |
+
+w[n, k] = weight_scale[n, g(k)] * (code - zero); a stored field is the signed number of the tool
+plus 2^(b-1), and a symmetric file, which has no zero points, means the midpoint.
+
+Config: `config_groups` give `targets` (a module path, `re:` and a regular expression that must
+match from the beginning, or a class such as `Linear`) their `weights`; a path counts before an
+expression before a class, alphabetically within a kind, and `ignore` before all. `strategy` is
+`group`, `channel` (one group) or `tensor` (one scale [1], and one int8 zero point as it is).
+
+Traps. Until release 0.17 codes of 3, 5, 6 and 7 bits did not cross words: floor(32 / b) a word,
+zero points too; shapes tell, and `version` where they cannot. -1 in `weight_g_idx` means that it
+was never set. Releases from 0.19 refuse `actorder: group`, so it is read and never written. The
+block was named `compression_config` once. Scales are bfloat16 in bfloat16 models.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ..block import INCOMPLETE, Keys, dense_linears, dense_modules, modules_with, stated_group_size
+from ..claim import Claim, Stated
+from ..errors import QplugError, raise_all
+from ..format import Block, Capacity, Format, Headers, Peek, Written
+from ..layout import FLOATS, Holds, Layout, Packing, Part, TensorSpec
+from ..patterns import finder
+from ..scheme import ModelScheme, Scheme
+from ..stored import read_linear
+
+BITS = tuple(range(1, 9))
+VERSION = "0.20.0"
+"""The release of compressed-tensors whose packing and config are written."""
+DENSE_SINCE = (0, 18)
+"""The release from which codes of 3, 5, 6 and 7 bits cross words."""
+
+OTHERS = {
+    "int-quantized": "int8 weights, for int8 activations",
+    "naive-quantized": "unpacked weights, for quantized activations",
+    "float-quantized": "float8 weights",
+    "nvfp4-pack-quantized": "4-bit floats with float8 scales (NVFP4)",
+    "mxfp4-pack-quantized": "4-bit floats with power-of-two scales (MXFP4)",
+    "mxfp6-pack-quantized": "6-bit floats with power-of-two scales (MXFP6)",
+    "mxfp8-quantized": "8-bit floats with power-of-two scales (MXFP8)",
+    "marlin-24": "2:4 sparse Marlin tiles",
+    "sparse-bitmask": "sparse weights",
+    "sparse-24-bitmask": "2:4 sparse weights",
+    "dense": "weights that are not quantized",
+    "fakequant": "weights that are not compressed",
+}
+"""Values of `format` that are known and have no layout here."""
+LEAVE = "serve it with an engine that reads it"
+"""What to do with a checkpoint that is not weight-only."""
+
+
+def layout(scheme: Scheme) -> Layout:
+    """Return the stored tensors of one linear; zero points unless the scheme claims symmetry."""
+    packing = Packing(scheme.bits, per_word=scheme.per_word)
+    parts = [
+        Part(
+            name="weight_packed",
+            holds=Holds.CODES,
+            dtype="I32",
+            stream="out inp -> out inp",
+            packing=packing,
+        ),
+        Part(
+            name="weight_scale",
+            holds=Holds.SCALES,
+            dtype=scheme.scale_dtype,
+            stream="out group -> out group",
+            shared=scheme.shared,
+        ),
+        Part(
+            name="weight_shape",
+            holds=Holds.CONSTANT,
+            dtype="I64",
+            constant=struct.pack("<2q", scheme.out_features, scheme.in_features),
+            constant_shape=(2,),
+        ),
+    ]
+    if not scheme.sym:
+        parts.append(_zeros(scheme, packing))
+    if scheme.has_g_idx:
+        parts.append(Part(name="weight_g_idx", holds=Holds.G_IDX, dtype="I32", stream="inp -> inp"))
+    return Layout(tuple(parts))
+
+
+def _zeros(scheme: Scheme, packing: Packing) -> Part:
+    """Return the part of the zero points; a shared one is not packed."""
+    name, holds = "weight_zero_point", Holds.ZEROS
+    if scheme.shared:
+        signed = -(1 << (scheme.bits - 1))
+        stream = "out group -> out group"
+        return Part(name=name, holds=holds, dtype="I8", stream=stream, shift=signed, shared=True)
+    return Part(
+        name=name,
+        holds=holds,
+        dtype="I32",
+        stream="out group -> group out",
+        packing=packing,
+        stored="group w -> w group",
+    )
+
+
+def claims(block: Block | None, headers: Headers) -> bool:
+    """Whether the config says so, or says nothing and the tensors do."""
+    method = (block or {}).get("quant_method") or (block or {}).get("method")
+    if isinstance(method, str):
+        return method.lower() == "compressed-tensors"
+    return bool(modules_with(headers, "weight_packed"))
+
+
+# Config -------------------------------------------------------------------------------------------
+
+
+def _weights(keys: Keys) -> Stated | None:
+    """Read the `weights` of a config group: `group_size` is `None` for the strategy `tensor`."""
+    bits = keys.get(int, "num_bits", default=8)
+    sym = keys.get(bool, "symmetric", default=True)
+    size = keys.get(int, "group_size")
+    kind = keys.get(str, "type", default="int").lower()
+    implied = "tensor" if size is None else "channel" if size == -1 else "group"
+    strategy = keys.get(str, "strategy", default=implied).lower()
+    if kind != "int":
+        keys.problem("type", f"{bits} bits of type {kind!r}", "'int': no floats are read", LEAVE)
+    if bits not in BITS:
+        keys.problem("num_bits", f"{bits}", "1 to 8")
+    if keys.block.get("dynamic") not in (None, False):
+        keys.problem("dynamic", f"{keys.block['dynamic']!r}", "false: weights are stored", LEAVE)
+    if strategy not in ("group", "channel", "tensor"):
+        keys.problem("strategy", f"{strategy!r}", "group, channel or tensor", LEAVE)
+    elif strategy == "group" and (size is None or size < 1):
+        keys.problem("group_size", f"{size}", "a positive number for the strategy `group`")
+    elif strategy != "group" and size is not None and size != -1:
+        keys.problem("group_size", f"{size}", f"null for the strategy `{strategy}`")
+    order = keys.block.get("actorder")
+    if order not in (None, False, True, "group", "dynamic", "weight", "static"):
+        keys.problem("actorder", f"{order!r}", "null, weight or group")
+    if keys.problems:
+        return None
+    group_size = {"group": size, "channel": -1, "tensor": None}[strategy]
+    return Stated(bits, group_size, sym, desc_act=order in (True, "group", "dynamic"))
+
+
+def _preset(name: str) -> Stated | None:
+    """Return the scheme that the tool knows by a name, of those that are weight-only integers."""
+    found = re.fullmatch(r"W([2-8])A16|W4A16_ASYM", name.upper())
+    return Stated(int(found[1] or 4), 128, sym=found[1] is not None) if found else None
+
+
+def _groups(keys: Keys, default: str | None) -> list[tuple[list[str], Stated]]:
+    """Read `config_groups`: targets and the scheme of each; `default` is the model's `format`."""
+    found = []
+    for name, group in keys.get(dict, "config_groups", default={}).items():
+        own = Keys(group if isinstance(group, dict) else None, f"{keys.where}.config_groups.{name}")
+        if isinstance(group, list) and (preset := _preset(name)) is not None:
+            found.append(([str(target) for target in group], preset))
+            continue
+        if not isinstance(group, dict):
+            keys.problem(f"config_groups.{name}", f"{group!r}", "an object with targets, weights")
+            continue
+        targets = own.get(list, "targets", default=[])
+        if not targets or not all(isinstance(target, str) for target in targets):
+            own.problem("targets", f"{targets!r}", "a list of names")
+        if len(targets) == 1 and str(targets[0]).endswith("Attention"):
+            continue  # quantized attention: nothing of it is in the weights
+        packed = own.get(str, "format", default=default)
+        for key in ("input_activations", "output_activations"):
+            if group.get(key) is not None:
+                own.problem(key, "quantized activations", "null: weights only", LEAVE)
+        if packed not in (None, "pack-quantized"):
+            what = OTHERS.get(packed, "an unknown packing")
+            own.problem("format", f"{packed!r} ({what})", "'pack-quantized'", LEAVE)
+        weights = own.get(dict, "weights")
+        if weights is None and not own.problems:
+            own.problem("weights", "null", "how the weights are quantized")
+        if weights is not None and packed in (None, "pack-quantized"):
+            inner = Keys(weights, f"{own.where}.weights")
+            stated = _weights(inner)
+            own.problems += inner.problems
+            if stated is not None:
+                found.append((targets, stated))
+        keys.problems += own.problems
+    return found
+
+
+def _refuse_rest(keys: Keys) -> None:
+    """Refuse keys beside the schemes that change what the weights mean."""
+    status = keys.get(str, "quantization_status", default="compressed")
+    if status not in ("compressed", "frozen"):
+        keys.problem("quantization_status", f"{status!r}", "'compressed'")
+    if keys.get(dict, "transform_config", default={}):
+        keys.problem(
+            "transform_config",
+            "transforms of activations",
+            "none: without them the weights mean something else",
+            LEAVE,
+        )
+    sparse = keys.get(dict, "sparsity_config", default={})
+    if sparse and sparse.get("format") != "dense":
+        keys.problem("sparsity_config", f"{sparse.get('format')!r}", "weights stored whole", LEAVE)
+    if keys.block.get("moe_sparsity_config") is not None:
+        keys.problem("moe_sparsity_config", "pruned or replaced experts", "null", LEAVE)
+
+
+def parse(block: Block | None) -> Claim:
+    """Judge the config."""
+    keys = Keys(block)
+    method = keys.get(str, "quant_method", default="compressed-tensors")
+    if method.lower() != "compressed-tensors":
+        keys.problem("quant_method", f"{method!r}", "'compressed-tensors'")
+    packed = keys.get(str, "format")
+    if packed is not None and packed not in ("pack-quantized", "mixed-precision"):
+        what = OTHERS.get(packed, "an unknown packing")
+        keys.problem("format", f"{packed!r} ({what})", "'pack-quantized'", LEAVE)
+    groups = _groups(keys, None if packed == "mixed-precision" else packed)
+    ignore = keys.get(list, "ignore", default=[])
+    kv_scheme = keys.get(dict, "kv_cache_scheme")
+    if kv_scheme is not None and not isinstance(kv_scheme.get("num_bits"), int):
+        keys.problem("kv_cache_scheme", f"{kv_scheme}", "an object with num_bits, or null")
+    _refuse_rest(keys)
+    if not groups and not keys.problems:
+        keys.problem("config_groups", "no group with weights", "what is quantized, and how")
+    raise_all(keys.problems)
+    schemes = {target: stated for targets, stated in groups for target in targets}
+    where = f"{keys.where}.config_groups"
+    find = finder(schemes, where)
+
+    def overrides(module: str) -> Stated | None:
+        target = find(module)
+        return schemes[target] if target is not None else None
+
+    return Claim(
+        format="compressed-tensors",
+        base=next(iter(schemes.values())),
+        overrides=overrides,
+        skip=finder(dict.fromkeys(map(str, ignore)), f"{keys.where}.ignore"),
+        producer=_producer(keys.block),
+        block=keys.block,
+        details={"kv_scheme": kv_scheme or {}},
+    )
+
+
+def _producer(block: Block) -> str:
+    """Return the release that wrote the file, e.g. `compressed-tensors:0.20.0`."""
+    version = block.get("version")
+    return f"compressed-tensors:{version}" if isinstance(version, str) else ""
+
+
+# Tensors ------------------------------------------------------------------------------------------
+
+
+def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
+    """Read the schemes of a checkpoint; headers decide, the config must agree."""
+    claim = parse(block)
+    modules = modules_with(headers, "weight_packed")
+    if not modules:
+        raise QplugError(
+            "no `*.weight_packed` tensor",
+            "the checkpoint's headers",
+            "quantized linears",
+            INCOMPLETE,
+        )
+    problems: list[QplugError] = []
+    linears: dict[str, Scheme] = {}
+    for module in modules:
+        try:
+            linears[module] = _read_one(claim, module, headers, peek)
+        except QplugError as error:
+            problems += [error, *error.others]
+    raise_all(problems)
+    return ModelScheme(
+        claim.format,
+        linears,
+        dense_modules(headers),
+        claim.producer,
+        _notes(linears),
+        claim.block,
+        kv_scheme=claim.details["kv_scheme"],
+    )
+
+
+def _read_one(claim: Claim, module: str, headers: Headers, peek: Peek) -> Scheme:
+    """Return the scheme of one linear."""
+    stated = claim.overrides(module)
+    if (entry := claim.skip(module)) is not None:
+        raise QplugError(
+            "a quantized linear",
+            f"{module}.weight_packed",
+            f"full precision (`ignore` has {entry!r})",
+            "remove the entry from `ignore`",
+        )
+    if stated is None:
+        raise QplugError(
+            "a quantized linear",
+            f"{module}.weight_packed",
+            "one that a target in config_groups matches",
+            "add it to the targets",
+        )
+    if stated.sym and f"{module}.weight_zero_point" in headers:
+        raise QplugError(
+            "zero points",
+            f"{module}.weight_zero_point",
+            "none: the config says symmetric",
+            "correct `symmetric` in the config",
+        )
+    shape = _shape(module, headers, peek)
+    per_word = _per_word(claim, module, stated.bits, shape[1], headers)
+    shared = stated.group_size is None
+    unset = _unset(module, shape[1], headers, peek)
+
+    def stored(scheme: Scheme) -> Layout:
+        """Return the layout of this linear, which also holds what a scheme does not say."""
+        own = replace(scheme, sym=stated.sym, per_word=per_word, shared=shared)
+        parts = layout(replace(own, has_g_idx=scheme.has_g_idx and not unset))
+        dtype = headers[f"{module}.weight_shape"].dtype
+        return Layout(tuple(_retyped(p, dtype) if p.name == "weight_shape" else p for p in parts))
+
+    found = read_linear(module, replace(stated, in_features=shape[1]), stored, headers, peek)
+    if found.out_features != shape[0]:
+        raise QplugError(
+            f"{list(shape)}", f"{module}.weight_shape", f"{found.out_features} outputs", INCOMPLETE
+        )
+    if found.desc_act and not found.has_g_idx and not unset and found.groups > 1:
+        raise QplugError(
+            "no such tensor",
+            f"{module}.weight_g_idx",
+            f"I32[{found.in_features}], as actorder promises",
+            INCOMPLETE,
+        )
+    return replace(found, per_word=per_word, shared=shared, has_g_idx=found.has_g_idx or unset)
+
+
+def _retyped(part: Part, dtype: str) -> Part:
+    """Return `weight_shape` in the dtype of the file."""
+    if dtype != "I32":
+        return part
+    shape = np.frombuffer(part.constant, np.int64).astype(np.int32)
+    return replace(part, dtype=dtype, constant=shape.tobytes())
+
+
+def _shape(module: str, headers: Headers, peek: Peek) -> tuple[int, int]:
+    """Return [out, in] as the file says: the words of a row may end in padding."""
+    name = f"{module}.weight_shape"
+    if headers.get(name) not in (TensorSpec("I64", (2,)), TensorSpec("I32", (2,))):
+        found = str(headers[name]) if name in headers else "no such tensor"
+        raise QplugError(found, name, "I64[2] = out, in", INCOMPLETE)
+    out, inp = (int(size) for size in peek(name))
+    if not (0 < out < 1 << 31 and 0 < inp < 1 << 31):
+        raise QplugError(f"[{out}, {inp}]", name, "positive sizes", INCOMPLETE)
+    return out, inp
+
+
+def _per_word(claim: Claim, module: str, bits: int, inp: int, headers: Headers) -> int:
+    """Return codes per word of the old packing where the file has that, else 0."""
+    each = 32 // bits
+    if 32 % bits == 0:
+        return 0
+    old, dense = (Packing(bits, per_word=n).words(inp) for n in (each, 0))
+    words = headers[f"{module}.weight_packed"].shape[-1:]
+    if old == dense:
+        release = tuple(map(int, re.findall(r"\d{1,9}", claim.producer)[:2]))
+        return each if () < release < DENSE_SINCE else 0
+    return each if words == (old,) else 0
+
+
+def _unset(module: str, inp: int, headers: Headers, peek: Peek) -> bool:
+    """Whether there is a `weight_g_idx` that was never set: one of its numbers is -1."""
+    name = f"{module}.weight_g_idx"
+    return headers.get(name) == TensorSpec("I32", (inp,)) and bool((peek(name) == -1).any())
+
+
+def _notes(linears: Mapping[str, Scheme]) -> tuple[str, ...]:
+    """Say where flags and tensors differ."""
+    flag_without = [m for m, s in linears.items() if s.desc_act and not s.act_order]
+    order_without = [m for m, s in linears.items() if s.act_order and not s.desc_act]
+    notes = []
+    if flag_without:
+        notes.append(
+            f"actorder is group but weight_g_idx is in order in {_some(flag_without)}: "
+            "no act order, and readers that go by the flag refuse the file for nothing"
+        )
+    if order_without:
+        notes.append(
+            f"actorder is not group but weight_g_idx is not in order in {_some(order_without)}: "
+            "readers that go by the flag read wrong weights"
+        )
+    return tuple(notes)
+
+
+def _some(modules: list[str]) -> str:
+    return modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"
+
+
+def adopt(scheme: Scheme) -> Scheme:
+    """Restate a scheme as it is written: dense words, no g_idx, zero points where they differ."""
+    return replace(
+        scheme,
+        sym=scheme.symmetric,
+        desc_act=False,
+        has_g_idx=False,
+        zero_rule="as_is",
+        per_word=0,
+        shared=False,
+    )
+
+
+def current(scheme: Scheme) -> bool:
+    """Whether the release that is written can read a linear as it is stored."""
+    return not scheme.per_word and not scheme.has_g_idx
+
+
+def write(model: ModelScheme) -> Written:
+    """Return the config block: one group of the class `Linear`, or several that name modules."""
+    group_of = stated_group_size(model.linears.values(), ragged=False)
+    members: dict[tuple[int, int, bool], list[str]] = {}
+    for module, scheme in model.linears.items():
+        key = (scheme.bits, group_of(scheme), bool(scheme.sym))
+        members.setdefault(key, []).append(module)
+    groups = {}
+    for number, ((bits, size, sym), modules) in enumerate(members.items()):
+        groups[f"group_{number}"] = {
+            "format": "pack-quantized",
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"] if len(members) == 1 else modules,
+            "weights": {
+                "dynamic": False,
+                "group_size": None if size == -1 else size,
+                "num_bits": bits,
+                "strategy": "channel" if size == -1 else "group",
+                "symmetric": sym,
+                "type": "int",
+            },
+        }
+    ignore = list(dense_linears(model.dense))
+    if not any(name.endswith("lm_head") for name in (*model.linears, *ignore)):
+        ignore.append("lm_head")
+    return Written(
+        {
+            "config_groups": groups,
+            "format": "pack-quantized",
+            "global_compression_ratio": None,
+            "ignore": ignore,
+            "kv_cache_scheme": dict(model.kv_scheme) or None,
+            "moe_sparsity_config": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": VERSION,
+        }
+    )
+
+
+FORMAT = Format(
+    name="compressed-tensors",
+    aliases=("compressed_tensors", "ct"),
+    title="compressed-tensors pack-quantized (llmcompressor): 1 to 8 bits",
+    capacity=Capacity(
+        bits=BITS,
+        zeros=lambda bits: (0, (1 << bits) - 1),
+        act_order=False,
+        ragged=False,
+        scale_dtypes=FLOATS,
+        in_multiple=lambda bits: 1,
+        out_multiple=lambda bits: 1,
+    ),
+    claims=claims,
+    layout=layout,
+    parse=parse,
+    read=read,
+    adopt=adopt,
+    write=write,
+    current=current,
+    decisive=("quant_method", "kv_cache_scheme"),
+)
