@@ -149,7 +149,7 @@ def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
             values = values.to(torch.int16) + part.shift
         stored = rearrange(values, part.stream, **dict(part.lengths)).to(dtype)
         if part.shared:
-            stored = stored.reshape(-1)[:1]
+            stored = stored.reshape(-1)[0].reshape(1)
     else:
         if part.holds is Holds.CODES and (route := _route(part, values.shape[1])) is not None:
             transposed, codes_transposed = route

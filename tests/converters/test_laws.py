@@ -218,10 +218,14 @@ OTHERS = (
 HARMLESS = {
     ("gptq", "meta"), ("gptq_v2", "meta"),  # decides the zero rule where a zero is 2^bits - 1
     ("awq", "modules_to_not_convert"),  # tensors say what is quantized; entries that lie: below
+    ("compressed-tensors", "ignore"),  # the same: test_compressed_tensors.py
+    ("compressed-tensors", "global_compression_ratio"),  # for the reader's information
+    ("compressed-tensors", "version"),  # decides the packing only where shapes cannot
 }  # fmt: skip
 DEFAULTS = {"sym": None, "desc_act": False, "lm_head": False, "pack_dtype": "int32",
             "checkpoint_format": None, "format": None, "zero_point": True, "version": "gemm",
-            "group_size": None}  # fmt: skip
+            "group_size": None, "sparsity_config": {}, "transform_config": {},
+            "quantization_status": "compressed"}  # fmt: skip
 """What readers take where a key is missing: dropping a key that says so changes nothing."""
 
 

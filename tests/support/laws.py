@@ -273,7 +273,8 @@ def mutate_tensor(source: Path, target: Path, name: str, kind: str, seed: int) -
             if "data_offsets" in other and other["data_offsets"][0] >= end:
                 other["data_offsets"] = [o - (end - begin) for o in other["data_offsets"]]
     elif kind == "dtype":
-        twins = {"I32": "F32", "F32": "I32", "F16": "BF16", "BF16": "F16", "I16": "F16", "U8": "I8", "I64": "F64"}
+        twins = {"I32": "F32", "F32": "I32", "F16": "BF16", "BF16": "F16", "I16": "F16", "U8": "I8"}
+        twins["I64"] = "F64"
         entry["dtype"] = twins[entry["dtype"]]
     else:
         entry["shape"] = [1, *entry["shape"]]

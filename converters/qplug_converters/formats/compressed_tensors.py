@@ -230,6 +230,8 @@ def parse(block: Block | None) -> Claim:
         keys.problem("format", f"{packed!r} ({what})", "'pack-quantized'", LEAVE)
     groups = _groups(keys, None if packed == "mixed-precision" else packed)
     ignore = keys.get(list, "ignore", default=[])
+    if not all(isinstance(entry, str) for entry in ignore):
+        keys.problem("ignore", f"{ignore}", "a list of names")
     kv_scheme = keys.get(dict, "kv_cache_scheme")
     if kv_scheme is not None and not isinstance(kv_scheme.get("num_bits"), int):
         keys.problem("kv_cache_scheme", f"{kv_scheme}", "an object with num_bits, or null")
@@ -249,7 +251,7 @@ def parse(block: Block | None) -> Claim:
         format="compressed-tensors",
         base=next(iter(schemes.values())),
         overrides=overrides,
-        skip=finder(dict.fromkeys(map(str, ignore)), f"{keys.where}.ignore"),
+        skip=finder(ignore, f"{keys.where}.ignore"),
         producer=_producer(keys.block),
         block=keys.block,
         details={"kv_scheme": kv_scheme or {}},
