@@ -46,12 +46,13 @@ def test_formats(qplug: Command) -> None:
     assert (ran.code, ran.err) == (0, "")
     assert ran.out == shaped(
         """
-        format     also      can          bits        act order
-        canonical  qplug     read, write  1 to 8      yes        qplug's own form: any bits, zeros, groups and act order
-        gptq_v2    gptq-v2   read, write  2, 3, 4, 8  yes        GPTQ v2 (GPTQModel): zeros stored as they are
-        gptq       gptq_v1   read, write  2, 3, 4, 8  yes        GPTQ v1 (AutoGPTQ, GPTQModel): zeros stored minus one
-        awq        awq-gemm  read, write  4           no         AWQ GEMM (AutoAWQ): 4 bits, zeros as they are
-        dense      float     write        -           no         dequantized weights, float32, float16 or bfloat16
+        format              also                    can          bits        act order
+        canonical           qplug                   read, write  1 to 8      yes        qplug's own form: any bits, zeros, groups and act order
+        gptq_v2             gptq-v2                 read, write  2, 3, 4, 8  yes        GPTQ v2 (GPTQModel): zeros stored as they are
+        gptq                gptq_v1                 read, write  2, 3, 4, 8  yes        GPTQ v1 (AutoGPTQ, GPTQModel): zeros stored minus one
+        awq                 awq-gemm                read, write  4           no         AWQ GEMM (AutoAWQ): 4 bits, zeros as they are
+        compressed-tensors  compressed_tensors, ct  read, write  1 to 8      no         compressed-tensors pack-quantized (llmcompressor)
+        dense               float                   write        -           no         dequantized weights, float32, float16 or bfloat16
         """  # noqa: E501
     )
     assert list(qplug("formats", "--json").json) == ["canonical", "gptq_v2", "gptq", "awq", "dense"]

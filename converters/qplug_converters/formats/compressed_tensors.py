@@ -473,7 +473,7 @@ def write(model: ModelScheme) -> Written:
 FORMAT = Format(
     name="compressed-tensors",
     aliases=("compressed_tensors", "ct"),
-    title="compressed-tensors pack-quantized (llmcompressor): 1 to 8 bits",
+    title="compressed-tensors pack-quantized (llmcompressor)",
     capacity=Capacity(
         bits=BITS,
         zeros=lambda bits: (0, (1 << bits) - 1),
