@@ -55,7 +55,8 @@ def test_formats(qplug: Command) -> None:
         dense               float                   write        -           no         dequantized weights, float32, float16 or bfloat16
         """  # noqa: E501
     )
-    assert list(qplug("formats", "--json").json) == ["canonical", "gptq_v2", "gptq", "awq", "dense"]
+    names = ["canonical", "gptq_v2", "gptq", "awq", "compressed-tensors", "dense"]
+    assert list(qplug("formats", "--json").json) == names
 
 
 def test_names_cannot_write_to_the_terminal(tmp_path: Path, qplug: Command) -> None:
