@@ -50,7 +50,7 @@ format: $(READY) ## let ruff fix and format the code
 	$(BIN)/ruff format .
 
 unit: $(READY) ## tests/: no engine, no network
-	$(BIN)/pytest tests -m "not engine" --durations=5
+	$(BIN)/pytest tests -m "not engine and not slow" --durations=5
 
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
 	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration tests -m "engine and not slow" --durations=15
@@ -73,7 +73,7 @@ docs: $(READY) ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py
 
 soak: $(READY) $(DENSE) ## the long tests: many requests, many conversions
-	$(BIN)/pytest integration -m slow
+	$(BIN)/pytest integration tests -m slow
 
 clean: ## remove .venv and build/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Model repositories on a hub: read by ranges, fetched by files.
+"""Model repositories on a hub: read by ranges, fetched by files, written in one commit.
 
 The only module that moves anything over a network, and all of it through huggingface_hub (1.0 to
 2.x), whose settings hold: `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, the cache. A revision
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
     HfApi,
     constants,
     errors,
@@ -29,6 +31,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.lfs import UploadInfo
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not marked so
     build_hf_headers,
     disable_progress_bars,
@@ -255,6 +258,11 @@ class HubSource:
         """The repository at its commit, as `qplug` takes it."""
         return f"{self.repository.name}@{self.commit}"
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """The repository and its commit."""
+        return {"repository": self.repository.name, "revision": self.commit}
+
     def names(self) -> list[str]:
         """Return the names of the files, sorted; that of a folder ends in `/`."""
         return sorted([*self._files, *self._folders])
@@ -404,3 +412,113 @@ class HubSource:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+# Writing ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A large file that is on the hub, but perhaps in no commit yet."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What a push did."""
+
+    url: str
+    commit: str
+    files: tuple[str, ...]
+    deleted: tuple[str, ...]
+    changed: bool
+    """Whether the repository was different before."""
+
+
+class Target:
+    """A repository to be written: made if there is none, and changed in one commit.
+
+    Attributes
+    ----------
+    repository : Repository
+        Its name, and the branch, if it is not the main one.
+    files : mapping
+        What it holds now, by name.
+    card : bytes
+        Its README.md, if it has one.
+
+    Raises
+    ------
+    QplugError
+        If there is no token, or it may not write there.
+    """
+
+    def __init__(self, repository: Repository, private: bool = False) -> None:
+        self.repository = repository
+        self._api = _api()
+        name, branch = repository.name, repository.revision
+        with told(str(repository)):
+            self._api.whoami()
+            self._api.create_repo(name, private=private or None, exist_ok=True)
+            if branch is not None:
+                self._api.create_branch(name, branch=branch, exist_ok=True)
+        now = HubSource(repository)
+        self.files, self._parent = now.listed(), now.commit
+        self.card = b""
+        if "README.md" in self.files:
+            self.card = now.read([Span("README.md", 0, now.size("README.md"))])[0]
+
+    @property
+    def url(self) -> str:
+        """Where a browser finds it."""
+        return f"{constants.ENDPOINT}/{self.repository.name}"
+
+    def push(
+        self, files: Mapping[str, Path | bytes | Uploaded], stale: Iterable[str], message: str
+    ) -> Pushed:
+        """Upload files and delete others, in one commit; what the hub has already is not sent.
+
+        Raises
+        ------
+        QplugError
+            If it is refused, somebody else committed meanwhile, or the connection is gone. What
+            has been uploaded is recognised when the same is pushed again.
+        """
+        deleted = tuple(stale)
+        with told(str(self.repository)):
+            operations = [
+                _addition(plain(name), data)
+                for name, data in files.items()
+                if not (isinstance(data, Uploaded) and self._has(name, data))
+            ]
+            done = self._api.create_commit(
+                self.repository.name,
+                [*operations, *(CommitOperationDelete(plain(name)) for name in deleted)],
+                commit_message=message,
+                revision=self.repository.revision,
+                parent_commit=self._parent,
+            )
+        changed = done.oid != self._parent
+        return Pushed(self.url, done.oid, tuple(files), deleted, changed)
+
+    def _has(self, name: str, data: Uploaded) -> bool:
+        """Whether the branch holds this very file."""
+        return name in self.files and self.files[name].hash == data.sha256
+
+
+def _addition(name: str, data: Path | bytes | Uploaded) -> CommitOperationAdd:
+    """Return the operation that adds a file."""
+    if not isinstance(data, Uploaded):
+        return CommitOperationAdd(name, str(data) if isinstance(data, Path) else data)
+    operation = CommitOperationAdd(name, b"")
+    # What `preupload_lfs_files` leaves behind; there is no public way to say it of a file that
+    # was uploaded by another process and is no longer here.
+    operation.upload_info = UploadInfo(
+        size=data.size, sample=b"", sha256=bytes.fromhex(data.sha256)
+    )
+    operation._upload_mode = "lfs"
+    operation._should_ignore = False
+    operation._is_uploaded = True
+    return operation

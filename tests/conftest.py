@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from builders import Command, Ran
+from fake_hub import FakeHub, patched
 from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -37,3 +39,10 @@ def qplug(capfd: pytest.CaptureFixture[str]) -> Command:
         return Ran(code, streams.out, streams.err)
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    """Return a hub that this process uses, with a token that may write to `me/…`."""
+    with FakeHub() as fake, patched(fake, str(tmp_path / "home")):
+        yield fake

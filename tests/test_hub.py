@@ -6,14 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from builders import GOLDEN, Command, Draft, Q, Stored, write_index
-from fake_hub import FakeHub, environment, patched
+from builders import GOLDEN, Command, Draft, Q, write_index
+from fake_hub import FakeHub, content, environment, patched, refused, uploaded
 
 from qplug.hub import HubSource
 from qplug.repository import Repository
@@ -21,26 +19,6 @@ from qplug_converters.checkpoint import open_checkpoint
 
 ASYM = GOLDEN / "gptq-4b-asym-g64"
 ORDERED = GOLDEN / "gptq-4b-sym-g64-actorder"
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[FakeHub]:
-    """A hub that this process uses, with a token that may write to `me/…`."""
-    with FakeHub() as fake, patched(fake, str(tmp_path / "home")):
-        yield fake
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
-
-
-def uploaded(folder: Path, golden: Path = ASYM, *, size: int = 4_000_000) -> dict[str, bytes]:
-    """Return the files of a golden in two shards, the second with a large tensor."""
-    draft = Draft.of(golden)
-    draft.files = {"tokenizer.json": b"{}", "README.md": b"# A model\n"}
-    draft.tensors["model.rotary.table"] = Stored.of(np.zeros(size // 4, np.float32))
-    draft.save_sharded(folder)
-    return content(folder)
 
 
 def inspected(qplug: Command, place: object) -> Any:
@@ -52,7 +30,7 @@ def inspected(qplug: Command, place: object) -> Any:
 
 def test_inspect_reads_headers_alone(hub: FakeHub, tmp_path: Path, qplug: Command) -> None:
     """The same answer as for the folder, from a fraction of the bytes, and nothing stays."""
-    files = uploaded(tmp_path / "model", ORDERED, size=8_000_000)
+    files = uploaded(tmp_path / "model", ORDERED.name, size=8_000_000)
     commit = hub.add("them/model", files)
     near = inspected(qplug, tmp_path / "model")
     far = inspected(qplug, "them/model")
@@ -110,17 +88,6 @@ def test_a_revision_is_pinned(
 
 
 # What goes wrong ---------------------------------------------------------------------------------
-
-
-def refused(qplug: Command, *arguments: object) -> dict[str, str]:
-    """Run a command that must fail in one clear line; return its error."""
-    ran = qplug(*arguments, "--json")
-    assert ran.code == 1, ran
-    assert ran.err.count("\nerror: ") + ran.err.startswith("error: ") == 1
-    assert "Traceback" not in ran.err
-    error: dict[str, str] = ran.error
-    assert error["where"]
-    return error
 
 
 def test_repositories_that_cannot_be_read(

@@ -63,6 +63,7 @@ def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "tool": f"qplug {__version__}",
         "source": {
+            **checkpoint.source.origin,
             "format": plan.source.name,
             "producer": plan.model.producer,
             "files": {s.name: checkpoint.source.size(s.name) for s in checkpoint.shards},

@@ -40,6 +40,10 @@ class Source(Protocol):
     def folder(self) -> Path:
         """The folder in which its files lie, or will lie once they are fetched."""
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where anybody finds it: `repository` and `revision`; nothing of a folder."""
+
     def names(self) -> list[str]:
         """Return the names of the files, sorted; that of a folder ends in `/`."""
 
@@ -99,6 +103,11 @@ class Folder:
     def title(self) -> str:
         """The path as it was given."""
         return str(self.folder)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Nothing: where a folder lies is nobody else's business."""
+        return {}
 
     def names(self) -> list[str]:
         """Return the names of the files, sorted; that of a folder ends in `/`."""

@@ -19,7 +19,7 @@ import click
 from . import render
 from .signals import Interrupted, Signals
 
-COMMANDS = ("inspect", "convert", "verify", "quantize", "formats", "doctor")
+COMMANDS = ("inspect", "convert", "verify", "push", "quantize", "formats", "doctor")
 
 
 class _Commands(click.Group):

@@ -29,6 +29,17 @@ class Place(Folder):
         return Repository.parse(str(value)) or path
 
 
+class Remote(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
+    """`owner/name[@revision]` and nothing else."""
+
+    name = "repository"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the `Repository` that the text names."""
+        found = value if isinstance(value, Repository) else Repository.parse(str(value))
+        return found or self.fail(f"{value!r} is not owner/name", param, ctx)
+
+
 def open_source(
     src: Path | Repository, zero_rule: str | None = None, work: Path | None = None
 ) -> Checkpoint:

@@ -27,6 +27,7 @@ class Elsewhere:
         self.there = Folder(there)
         self.folder = folder
         self.title = "owner/name"
+        self.origin = {"repository": "owner/name", "revision": "0" * 40}
         self.read_spans: list[list[Span]] = []
 
     def names(self) -> list[str]:

@@ -17,8 +17,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+from builders import GOLDEN, Command, Draft
+from builders import Stored as Tensor
 
 LARGE = (".safetensors", ".bin", ".gguf")
 """What goes to large file storage; the real hub reads .gitattributes and sizes."""
@@ -494,4 +499,28 @@ def patched(hub: FakeHub, home: str, token: str | None = "hf_writer") -> Iterato
         yield
 
 
-__all__ = ["FakeHub", "Fault", "Repo", "environment", "patched", "quote"]
+def content(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def uploaded(
+    folder: Path, golden: str = "gptq-4b-asym-g64", *, size: int = 4_000_000, count: int = 2
+) -> dict[str, bytes]:
+    """Make a model to be put on a hub: a golden in shards, the last with a large tensor."""
+    draft = Draft.of(GOLDEN / golden)
+    draft.files = {"tokenizer.json": b"{}", "README.md": b"# A model\n"}
+    draft.tensors["model.rotary.table"] = Tensor.of(np.zeros(size // 4, np.float32))
+    draft.save_sharded(folder, count)
+    return content(folder)
+
+
+def refused(qplug: Command, *arguments: object) -> dict[str, str]:
+    """Run a command that must fail in one clear line; return its error."""
+    ran = qplug(*arguments, "--json")
+    assert ran.code == 1, ran
+    assert ran.err.count("\nerror: ") + ran.err.startswith("error: ") == 1
+    assert "Traceback" not in ran.err
+    error: dict[str, str] = ran.error
+    assert error["where"]
+    return error
