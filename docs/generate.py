@@ -16,6 +16,7 @@ from qplug_converters import zeros
 from qplug_converters.format import Format
 from qplug_converters.formats import FORMATS
 from qplug_converters.layout import Part
+from qplug_converters.matrix import describe, matrix
 from qplug_converters.scheme import Scheme
 
 HERE = Path(__file__).parent
@@ -76,6 +77,23 @@ def formats_page() -> str:
     return HEAD + intro + "\n".join(map(format_section, FORMATS)) + "\n".join(rules) + "\n"
 
 
+def matrix_page() -> str:
+    """Return docs/matrix.md."""
+    intro = (
+        "# What becomes of each format in each other one\n\n"
+        "From the code that plans conversions (`qplug formats --matrix`). COPIED: the same bytes. "
+        "EXACT: the same weights, bit for bit. ROUNDED: within a bound that the plan states. "
+        "REQUANTIZED: new codes by least squares, the error measured; needs `--allow requantized`. "
+        "IMPOSSIBLE: no way. The usual linear is symmetric, with groups that suit the format.\n\n"
+    )
+    found = matrix()
+    rows = ["| from | to | usual | otherwise |", "|---|---|---|---|"]
+    for (source, target), cell in found.items():
+        usual, _, others = describe(cell).partition("; ")
+        rows.append(f"| {source} | {target} | {usual} | {others} |")
+    return HEAD + intro + "\n".join(rows) + "\n"
+
+
 def cli_page() -> str:
     """Return docs/cli.md."""
     group = qplug.cli.group
@@ -129,7 +147,12 @@ other formats nothing is claimed. Source: `qplug/engines/`.
     return HEAD + intro + "\n".join(map(engine_section, ENGINES)).rstrip() + "\n"
 
 
-PAGES = {"formats.md": formats_page, "cli.md": cli_page, "engines.md": engines_page}
+PAGES = {
+    "formats.md": formats_page,
+    "matrix.md": matrix_page,
+    "cli.md": cli_page,
+    "engines.md": engines_page,
+}
 
 
 def main() -> int:

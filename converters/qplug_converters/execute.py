@@ -157,6 +157,8 @@ def execute(
         else:
             results = _there(begun(), executor, one_by_one, advance)
         for n, (job, result) in enumerate(zip(jobs, results, strict=True)):
+            for module, said in result.records.items():
+                promised["linears"][module].update(said)
             if supply is not None:
                 supply.done([file for file in job.files if last[file] == n])
             if deliver is not None:

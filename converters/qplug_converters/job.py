@@ -9,18 +9,29 @@ for each linear at work, never by a linear.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from . import moves
 from .checkpoint import Checkpoint
-from .codec import check_scales, constant, decode, encode, implied, pack_part, translate
+from .codec import (
+    check_scales,
+    constant,
+    decode,
+    encode,
+    implied,
+    pack_part,
+    translate,
+    unpack_part,
+)
 from .errors import QplugError
 from .layout import Holds, Layout, Part, TensorSpec
 from .plan import Plan, Step
+from .refit import Cost, refit
 from .scheme import Scheme
 from .shards import Location, Maps
 from .threads import alone
@@ -33,7 +44,7 @@ BLOCK = 1 << 24
 
 Rows = Callable[[Step, int, int], QuantizedWeight]
 """`(step, start, stop)`: output rows of a linear as they are before the step's moves."""
-Mapper = Callable[[Callable[["Task"], int], Iterable["Task"]], Iterator[int]]
+Mapper = Callable[[Callable[["Task"], "Done"], Iterable["Task"]], Iterator["Done"]]
 """`map`, or an executor's."""
 Advance = Callable[[int, str], None]
 """`(bytes, what)`: so much more is done."""
@@ -43,21 +54,34 @@ Advance = Callable[[int, str], None]
 class Linear:
     """One linear to convert: what happens to it, its layouts, and where its source lies.
 
-    `reads` is by part, in the order of the source's files.
+    `reads` is by part, in the order of the source's files. `order` is the `g_idx` by which the
+    output rows are sorted, where the act order of the next linear is absorbed.
     """
 
     step: Step
     source: Layout
     target: Layout
     reads: Mapping[str, Location]
+    zeros: tuple[int, int] = (0, 0)
+    order: Location | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One tensor that is carried along as it is."""
+    """One tensor that is carried along as it is; by `order`, a `g_idx`, if its rows are sorted."""
 
     name: str
     source: Location
+    order: Location | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of a task: bytes written, and what is to be said of a linear."""
+
+    nbytes: int
+    module: str = ""
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 Task = Linear | Copy
@@ -89,13 +113,15 @@ class ShardJob:
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What came of a shard: the sha256 of the file, where it was asked for."""
+    """What came of a shard: the sha256 of the file, where it was asked for, and of each linear."""
 
     sha256: str | None
+    records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def _reads(task: Task) -> list[Location]:
-    return [task.source] if isinstance(task, Copy) else list(task.reads.values())
+    first = [task.source] if isinstance(task, Copy) else list(task.reads.values())
+    return first if task.order is None else [*first, task.order]
 
 
 def stored_names(layout: Layout, module: str) -> list[str]:
@@ -115,12 +141,19 @@ def tasks_of(plan: Plan, checkpoint: Checkpoint) -> list[tuple[Task, dict[str, T
     for step in plan.steps:
         for name in stored_names(plan.source.layout(step.source), step.module):
             owner[name] = step
+    g_idx: dict[str, Location] = {}
+    for step in plan.steps:
+        part = plan.source.layout(step.source).part(Holds.G_IDX)
+        if part is not None:
+            g_idx[step.module] = checkpoint.locations[f"{step.module}.{part.name}"]
     tasks: list[tuple[Task, dict[str, TensorSpec]]] = []
     order = {name: n for n, name in enumerate(checkpoint.locations)}
     begun = set()
     for name, location in checkpoint.locations.items():
         if name not in owner:
-            tasks.append((Copy(name, location), {name: location.spec}))
+            order_of = plan.reordered.get(name)
+            sorted_by = g_idx[order_of] if order_of is not None else None
+            tasks.append((Copy(name, location, sorted_by), {name: location.spec}))
             continue
         step = owner[name]
         if step.module in begun:
@@ -139,7 +172,11 @@ def tasks_of(plan: Plan, checkpoint: Checkpoint) -> list[tuple[Task, dict[str, T
                     "no tensor of this name beside a quantized linear",
                 )
             specs[new] = spec
-        tasks.append((Linear(step, source, target, reads), specs))
+        span = (0, 0)
+        if plan.target.capacity is not None:
+            span = plan.target.capacity.zeros(step.target.bits)
+        order_by = g_idx[step.rows_from] if step.rows_from else None
+        tasks.append((Linear(step, source, target, reads, span, order_by), specs))
     return tasks
 
 
@@ -187,18 +224,26 @@ def run(
     maps = Maps()
     shard = ShardFile(job.path, job.specs)
 
-    def work(task: Task) -> int:
-        if isinstance(task, Copy):
+    def work(task: Task) -> Done:
+        if not isinstance(task, Copy):
+            return _convert(task, maps, shard, rows)
+        if task.order is not None:
+            order = moves.column_order(maps.tensor(task.order))
+            shard.put(task.name, maps.tensor(task.source).index_select(0, order))
+        else:
             shard.copy(task.name, task.source)
-            return task.source.spec.nbytes
-        return _convert(task, maps, shard, rows)
+        return Done(task.source.spec.nbytes)
+
+    records = {}
 
     with shard:
-        for task, size in zip(job.tasks, mapper(work, job.tasks), strict=True):
+        for task, done in zip(job.tasks, mapper(work, job.tasks), strict=True):
+            if done.module:
+                records[done.module] = done.record
             if advance is not None:
-                advance(size, task.name if isinstance(task, Copy) else task.step.module)
+                advance(done.nbytes, task.name if isinstance(task, Copy) else task.step.module)
         shard.sync()
-    return ShardResult(shard.sha256() if job.hashed else None)
+    return ShardResult(shard.sha256() if job.hashed else None, records)
 
 
 def run_alone(job: ShardJob) -> ShardResult:
@@ -238,10 +283,17 @@ def decode_rows(
     module: str,
     start: int,
     stop: int,
+    order: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Decode output rows `start` to `stop` of the stored tensors of a linear, by part name."""
+    """Decode output rows `start` to `stop` of the stored tensors of a linear, by part name.
+
+    With `order`, int64 `[out_features]`, the rows that stand there in it.
+    """
     sizes = scheme.sizes
-    some = {part.name: rows_of(part, stored[part.name], sizes, start, stop) for part in layout}
+    if order is None:
+        some = {part.name: rows_of(part, stored[part.name], sizes, start, stop) for part in layout}
+    else:
+        some = {p.name: _gathered(p, stored[p.name], sizes, order[start:stop]) for p in layout}
     try:
         return decode(layout, replace(scheme, out_features=stop - start), some, start)
     except QplugError as error:
@@ -249,13 +301,24 @@ def decode_rows(
         raise
 
 
+def _gathered(part: Part, tensor: Tensor, sizes: Mapping[str, int], rows: Tensor) -> Tensor:
+    """Return some output rows of a stored tensor, in any order."""
+    axis = part.axis("out")
+    if axis is None:
+        return tensor
+    if part.packing is None or part.packed_axis != axis:
+        return tensor.index_select(axis, rows)
+    held = unpack_part(part, tensor, sizes)  # words along the rows: as a rule, of zeros
+    return pack_part(part, held.index_select(0, rows))
+
+
 def has_codes(layout: Layout) -> bool:
     """Whether a layout holds codes on a grid (dense does not)."""
     return layout.part(Holds.CODES) is not None
 
 
-def _convert(linear: Linear, maps: Maps, shard: ShardFile, rows: Rows | None) -> int:
-    """Convert one linear; return the bytes written."""
+def _convert(linear: Linear, maps: Maps, shard: ShardFile, rows: Rows | None) -> Done:
+    """Convert one linear; return the bytes written, and what there is to say of it."""
     step, source, target = linear.step, linear.source, linear.target
     stored = {name: maps.tensor(place) for name, place in linear.reads.items()}
     specs = target.specs(step.target.sizes)
@@ -263,16 +326,23 @@ def _convert(linear: Linear, maps: Maps, shard: ShardFile, rows: Rows | None) ->
     blocks = blocks_of(step.source, source, target)
     whole = len(blocks) == 1
     views = {} if whole else {n: shard.view(f"{step.module}.{n}") for n in specs}
+    order = None if linear.order is None else moves.column_order(maps.tensor(linear.order))
+    untouched = not step.moves and not step.refits and order is None
+    cost = Cost()
     try:
-        if not step.moves and has_codes(source) and has_codes(target):
+        if untouched and has_codes(source) and has_codes(target):
             _convert_parts(linear, stored, shard, blocks, views)
-            return total
+            return Done(total, step.module)
         for start, stop in blocks:
             if rows is not None:
                 weight = rows(step, start, stop)
             else:
-                weight = decode_rows(stored, source, step.source, step.module, start, stop)
-            weight = moves.apply(step.moves, weight)
+                weight = decode_rows(stored, source, step.source, step.module, start, stop, order)
+            if step.refits and rows is None:
+                weight, more = refit(step.target, step.moves, linear.zeros, weight)
+                cost += more
+            else:
+                weight = moves.apply(step.moves, weight)
             if whole:
                 for name, tensor in encode(target, weight).items():
                     shard.put(f"{step.module}.{name}", tensor)
@@ -283,7 +353,13 @@ def _convert(linear: Linear, maps: Maps, shard: ShardFile, rows: Rows | None) ->
     except QplugError as error:
         _place(error, step.module)
         raise
-    return total
+    return Done(total, step.module, _measured(cost) if cost.weights else {})
+
+
+def _measured(cost: Cost) -> dict[str, float]:
+    """Return what a certificate says of new codes."""
+    error, minmax = cost.relative
+    return {"relative_error": error, "minmax_relative_error": minmax}
 
 
 def _convert_parts(

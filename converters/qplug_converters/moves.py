@@ -1,7 +1,8 @@
-"""Exact changes of a `QuantizedWeight`: other codes or another grid, the same weights.
+"""Changes of a `QuantizedWeight`: other codes or another grid, the same weights.
 
 Each move keeps `code - zero` and the scale of every weight, so `dequantize()` is bit-equal before
-and after. Identifiers in brackets are those of docs and certificates.
+and after; those that round (`cast_scales`, `to_offsets`, `to_zeros`, `to_channel`) say so, and a
+plan says when they do. Identifiers in brackets are those of docs and certificates.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 from .errors import QplugError
-from .plan import Move
-from .weight import AffineGrid, QuantizedWeight
+from .verdict import Move
+from .weight import AffineGrid, CodebookGrid, OffsetGrid, QuantizedWeight, RowGrid
 
 
 def widen(weight: QuantizedWeight, bits: int) -> QuantizedWeight:
@@ -67,11 +68,109 @@ def cast_scales(weight: QuantizedWeight, dtype: str) -> QuantizedWeight:
     return replace(weight, grid=AffineGrid(scales, grid.zeros, grid.group_size, grid.g_idx))
 
 
+def shift_zeros(weight: QuantizedWeight, span: str) -> QuantizedWeight:
+    """Shift codes and zeros of each group alike, so that zeros lie in `span` (`1..15`) [X4]."""
+    low, high = map(int, span.split(".."))
+    grid = weight.affine
+    zeros = grid.zeros.clamp(low, high)
+    codes = grid.combine(weight.codes.to(torch.int16), torch.Tensor.add_, zeros - grid.zeros)
+    lowest, highest = int(codes.min()), int(codes.max())
+    fits = lowest >= 0 and highest < 1 << weight.bits
+    _require(fits, f"codes from {lowest} to {highest} in {weight.bits} bits")
+    grid = AffineGrid(grid.scales, zeros, grid.group_size, grid.g_idx)
+    return QuantizedWeight(codes.to(torch.uint8), weight.bits, grid)
+
+
+def room_to_shift(weight: QuantizedWeight, low: int, high: int) -> bool:
+    """Whether `shift_zeros` to `low..high` keeps every code within its bits."""
+    grid = weight.affine
+    shift = grid.zeros.clamp(low, high) - grid.zeros
+    if not bool(shift.any()):
+        return True
+    codes = grid.combine(weight.codes.to(torch.int16), torch.Tensor.add_, shift)
+    return int(codes.min()) >= 0 and int(codes.max()) < 1 << weight.bits
+
+
+def sort_columns(weight: QuantizedWeight, by: str) -> QuantizedWeight:
+    """Put the columns in the order of their groups; the inputs then come in that order [X5b]."""
+    grid = weight.affine
+    if grid.g_idx is None:
+        return weight
+    codes = weight.codes.index_select(1, column_order(grid.g_idx))
+    return replace(weight, codes=codes, grid=AffineGrid(grid.scales, grid.zeros, grid.group_size))
+
+
+def column_order(g_idx: torch.Tensor) -> torch.Tensor:
+    """Return int64 `[in_features]`: which column comes n-th when sorted by group, stably."""
+    return torch.argsort(g_idx.long(), stable=True)
+
+
+def to_offsets(weight: QuantizedWeight, dtype: str) -> QuantizedWeight:
+    """Store -scale * zero instead of the zero, rounded once to `dtype` (AWQ GEMV_FAST)."""
+    from .codec import TORCH_DTYPES
+
+    grid = weight.affine
+    offsets = (-(grid.scales.float() * grid.zeros)).to(TORCH_DTYPES[dtype])
+    _require(bool(torch.isfinite(offsets).all()), f"scales times zeros in {dtype}")
+    return replace(weight, grid=OffsetGrid(grid.scales, offsets, grid.group_size))
+
+
+def to_zeros(weight: QuantizedWeight, source: str) -> QuantizedWeight:
+    """Recover integer zeros from offsets: rint(-offset / scale)."""
+    grid = weight.grid
+    assert isinstance(grid, OffsetGrid)
+    scales, offsets = grid.scales.float(), grid.offsets.float()
+    found = torch.where(scales == 0, torch.zeros_like(scales), torch.round(-offsets / scales))
+    low, high = float(found.min()), float(found.max())
+    top = 1 << weight.bits
+    _require(0 <= low <= high <= top, f"zeros from {low:g} to {high:g} in 0 to {top}")
+    grid = AffineGrid(grid.scales, found.to(torch.int16), grid.group_size)
+    return replace(weight, grid=grid)
+
+
+def to_channel(weight: QuantizedWeight, dtype: str) -> QuantizedWeight:
+    """State LLM.int8 as 8-bit codes with one scale a row, absmax / 127 rounded to `dtype`."""
+    from .codec import TORCH_DTYPES
+
+    grid = weight.grid
+    assert isinstance(grid, RowGrid)
+    exact = grid.absmax.double() / 127
+    scales = exact.to(TORCH_DTYPES[dtype])[:, None]
+    _require(bool(torch.isfinite(scales).all()), f"scales in {dtype}")
+    zeros = torch.full(scales.shape, 128, dtype=torch.int16)
+    return replace(weight, grid=AffineGrid(scales, zeros, weight.in_features))
+
+
+def unnest(weight: QuantizedWeight, what: str) -> QuantizedWeight:
+    """Store absmax itself instead of its own codes [X7]."""
+    grid = weight.grid
+    assert isinstance(grid, CodebookGrid)
+    return replace(weight, grid=replace(grid, nested=None))
+
+
+def split_blocks(weight: QuantizedWeight, blocksize: int) -> QuantizedWeight:
+    """Repeat absmax so that blocks have `blocksize` weights [X8]."""
+    grid = weight.grid
+    assert isinstance(grid, CodebookGrid)
+    times, rest = divmod(grid.blocksize, blocksize)
+    _require(rest == 0 and grid.skip == 0, f"blocks of {grid.blocksize} in blocks of {blocksize}")
+    blocks = -(-weight.codes.numel() // blocksize)
+    absmax = grid.absmax.repeat_interleave(times)[:blocks]
+    return replace(weight, grid=CodebookGrid(grid.table, absmax, blocksize))
+
+
 MOVES: dict[str, Callable[..., QuantizedWeight]] = {
     "widen": widen,
     "symmetrize": symmetrize,
+    "shift_zeros": shift_zeros,
     "split_groups": split_groups,
     "cast_scales": cast_scales,
+    "sort_columns": sort_columns,
+    "to_offsets": to_offsets,
+    "to_zeros": to_zeros,
+    "to_channel": to_channel,
+    "unnest": unnest,
+    "split_blocks": split_blocks,
 }
 """Every move by the name a plan calls it."""
 

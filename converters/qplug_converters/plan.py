@@ -1,101 +1,43 @@
 """What a conversion will do to each linear, known before one weight is read.
 
 A plan is pure: a surveyed `ModelScheme` and a target go in, a verdict, moves and a reason per
-linear come out. Nothing here imports torch.
+linear come out (`route` finds those of one linear). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import gcd
-from typing import Any
 
 from .block import stated_group_size
-from .errors import QplugError, Refused, Unsupported
-from .format import Format
-from .formats import dense
-from .scheme import ModelScheme, Scheme, ZeroFacts
+from .errors import QplugError, Refused
+from .format import Format, Headers
+from .route import Look, Step, Wishes, find_route
+from .scheme import ModelScheme
+from .verdict import Move, Verdict
 
+__all__ = ["Move", "Plan", "Step", "Verdict", "Wishes", "make_plan"]
 
-class Verdict(IntEnum):
-    """What happens to a linear, from best to worst; a model's verdict is the worst.
-
-    COPIED: the same bytes. EXACT: other bytes, the same weights bit for bit. ROUNDED: weights
-    within a stated bound. REQUANTIZED: new codes, the error measured. IMPOSSIBLE: no way.
-    """
-
-    COPIED = 0
-    EXACT = 1
-    ROUNDED = 2
-    REQUANTIZED = 3
-    IMPOSSIBLE = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One exact change, by name (`moves.MOVES`) with its argument."""
-
-    name: str
-    argument: int | str
-
-    def __str__(self) -> str:
-        """Return e.g. `widen(4)`."""
-        return f"{self.name}({self.argument})"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """What the user asked of the target beyond its format.
-
-    `bits` and `group_size` of every linear, `sym` for symmetric zeros, `dtype` of dense weights.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-    sym: bool = False
-    dtype: str = "float32"
-
-    @property
-    def none(self) -> bool:
-        """Whether nothing was asked that changes codes or grids."""
-        return self.bits is None and self.group_size is None and not self.sym
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What happens to one linear."""
-
-    module: str
-    verdict: Verdict
-    source: Scheme
-    target: Scheme
-    moves: tuple[Move, ...] = ()
-    reason: str = ""
-    fix: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what `--json` prints and the certificate holds."""
-        return {
-            "verdict": self.verdict.name,
-            "from": self.source.describe(),
-            "to": self.target.describe(),
-            "zero_rule": self.source.zero_rule,
-            "moves": [str(move) for move in self.moves],
-            "reason": self.reason,
-        }
+_PRODUCERS = {"down_proj": ("gate_proj", "up_proj"), "w2": ("w1", "w3")}
+"""Of a gated MLP: the last linear, and the linears that make its inputs, by the names in use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a conversion will do."""
+    """What a conversion will do.
+
+    `reordered` are tensors outside quantized linears whose first axis takes the order of a
+    linear's `g_idx` (biases and dense weights of absorbed act order [X5b]), by that linear.
+    """
 
     source: Format
     target: Format
     model: ModelScheme
     steps: tuple[Step, ...]
     wishes: Wishes
+    reordered: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -118,31 +60,39 @@ class Plan:
         linears = {step.module: step.target for step in self.steps}
         return replace(self.model, format=self.target.name, linears=linears)
 
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the quantized linears before and after."""
+        before = after = 0
+        for step in self.steps:
+            for layout, scheme in (
+                (self.source.layout(step.source), step.source),
+                (self.target.layout(step.target), step.target),
+            ):
+                size = sum(spec.nbytes for spec in layout.specs(scheme.sizes).values())
+                before, after = (
+                    (before + size, after) if scheme is step.source else (before, after + size)
+                )
+        return before, after
+
     def refuse_above(self, allow: Verdict) -> None:
-        """Raise if the plan is worse than `allow`, or needs what is not built.
+        """Raise if the plan is worse than `allow`.
 
         Raises
         ------
         Refused
             Exit code 3: worse than allowed, or impossible.
-        Unsupported
-            Requantizing was allowed, but this version cannot do it.
         """
         worst = self.verdict
-        if worst is Verdict.IMPOSSIBLE or worst > allow:
-            bad = [s for s in self.steps if s.verdict is worst]
-            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            fix = bad[0].fix
-            if worst is not Verdict.IMPOSSIBLE:
-                need = f"--allow {worst.name.lower()}"
-                built = "" if worst is not Verdict.REQUANTIZED else " (not built yet)"
-                fix = f"{fix}; or {need}{built}" if fix else f"{need}{built}"
-            raise Refused(f"{worst.name}: {bad[0].reason}", f"{bad[0].module}{more}", fix=fix)
-        if worst is Verdict.REQUANTIZED:
-            first = next(s for s in self.steps if s.verdict is worst)
-            raise Unsupported(
-                f"{first.reason}; requantizing is not built yet", first.module, fix=first.fix
-            )
+        if worst is not Verdict.IMPOSSIBLE and worst <= allow:
+            return
+        bad = [s for s in self.steps if s.verdict is worst]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        fix = bad[0].fix
+        if worst is not Verdict.IMPOSSIBLE:
+            need = f"--allow {worst.name.lower()}"
+            fix = f"{fix}; or {need}" if fix else need
+        raise Refused(f"{worst.name}: {bad[0].reason}", f"{bad[0].module}{more}", fix=fix)
 
 
 def _copied(source: Format, target: Format, wishes: Wishes, model: ModelScheme) -> bool:
@@ -152,9 +102,18 @@ def _copied(source: Format, target: Format, wishes: Wishes, model: ModelScheme) 
 
 
 def make_plan(
-    source: Format, model: ModelScheme, target: Format, wishes: Wishes | None = None
+    source: Format,
+    model: ModelScheme,
+    target: Format,
+    wishes: Wishes | None = None,
+    *,
+    headers: Headers | None = None,
+    look: Look | None = None,
 ) -> Plan:
     """Decide what happens to each linear of a surveyed model.
+
+    With `headers`, all the tensors of the checkpoint, act order is absorbed where that is exact;
+    with `look`, which reads the codes of one linear, zeros are shifted where the codes leave room.
 
     Raises
     ------
@@ -172,196 +131,64 @@ def make_plan(
         raise QplugError(
             f"{wishes.bits}", "--bits", f"{offered} for {target.name}", "choose what it holds"
         )
-    steps = tuple(
-        Step(module, Verdict.COPIED, scheme, scheme)
-        if _copied(source, target, wishes, model)
-        else _step(module, scheme, source, target, wishes)
-        for module, scheme in model.linears.items()
-    )
-    if holds is not None and holds.uniform and not _copied(source, target, wishes, model):
-        steps = _uniform(steps, source, target, wishes)
-    return Plan(source, target, model, steps, wishes)
+    if _copied(source, target, wishes, model):
+        steps = tuple(Step(m, Verdict.COPIED, s, s) for m, s in model.linears.items())
+        return Plan(source, target, model, steps, wishes)
+    absorbed: dict[str, tuple[str, ...]] = {}
+    if holds is not None and (not holds.act_order or wishes.tp > 1) and headers is not None:
+        absorbed = _absorbed(model, headers)
+    rows_from = {name: down for down, names in absorbed.items() for name in names}
 
-
-def _uniform(
-    steps: tuple[Step, ...], source: Format, target: Format, wishes: Wishes
-) -> tuple[Step, ...]:
-    """Split groups further where the target's config can name one group size only."""
-    fine = [step.target for step in steps if step.verdict <= Verdict.ROUNDED]
-    group_of = stated_group_size(fine, ragged=False)
-    if len({group_of(scheme) for scheme in fine}) <= 1:
-        return steps
-    common = replace(wishes, group_size=gcd(*(scheme.group_size for scheme in fine)))
-    return tuple(
-        _step(s.module, s.source, source, target, common) if s.verdict <= Verdict.ROUNDED else s
-        for s in steps
-    )
-
-
-def _step(module: str, scheme: Scheme, source: Format, target: Format, wishes: Wishes) -> Step:
-    """Find the cheapest sequence of exact moves to what the target can hold."""
-    if target.capacity is None:
-        goal = replace(target.adopt(scheme), scale_dtype=dense.DTYPES[wishes.dtype])
-        if wishes.dtype == "float32":
-            return Step(module, Verdict.EXACT, scheme, goal, reason="dequantized")
-        ulp = {"float16": "2^-11 (2^-25 absolute below 2^-14)", "bfloat16": "2^-9"}[wishes.dtype]
-        return Step(
-            module,
-            Verdict.ROUNDED,
-            scheme,
-            goal,
-            reason=f"rounded once to {wishes.dtype}: at most {ulp} of each weight",
+    def steps_for(asked: Wishes) -> tuple[Step, ...]:
+        return tuple(
+            find_route(
+                module,
+                scheme,
+                target,
+                asked,
+                look,
+                absorbed=module in absorbed,
+                rows_from=rows_from.get(module, ""),
+            )
+            for module, scheme in model.linears.items()
         )
-    moves: list[Move] = []
-    goal, blocked = scheme, None
-    for change in (_bits, _order, _groups, _zeros):
-        blocked = change(goal, target, wishes, moves)
-        if isinstance(blocked, Step):
-            return replace(blocked, module=module, source=scheme)
-        goal = blocked
-    cast, rounding = _scales(goal, target, moves)
-    if isinstance(cast, Step):
-        return replace(cast, module=module, source=scheme)
-    goal = target.adopt(cast)
-    if reason := target.cannot(goal):
-        return Step(module, Verdict.IMPOSSIBLE, scheme, goal, reason=reason, fix=_ways_out(scheme))
-    verdict = Verdict.ROUNDED if rounding else Verdict.EXACT
-    reason = rounding or ", ".join(map(str, moves)) or "repacked"
-    return Step(module, verdict, scheme, goal, tuple(moves), reason)
+
+    steps = steps_for(wishes)
+    if holds is not None and holds.uniform:
+        fine = [s.target for s in steps if s.verdict is not Verdict.IMPOSSIBLE]
+        group_of = stated_group_size(fine, ragged=False)
+        if len({group_of(scheme) for scheme in fine}) > 1:
+            # The config can name one group size only: split all to one. New codes take any.
+            kept = [s.target.group_size for s in steps if s.verdict <= Verdict.ROUNDED]
+            refits = [s.target.in_features for s in steps if s.refits]
+            common = gcd(*(kept or [scheme.group_size for scheme in fine]), *refits)
+            steps = steps_for(replace(wishes, group_size=common))
+    reordered = {
+        tensor: down
+        for down, names in absorbed.items()
+        for name in names
+        for tensor in (f"{name}.weight", f"{name}.bias")
+        if headers is not None and tensor in headers
+    }
+    return Plan(source, target, model, steps, wishes, reordered)
 
 
-def _blocked(scheme: Scheme, verdict: Verdict, reason: str, fix: str) -> Step:
-    return Step("", verdict, scheme, scheme, reason=reason, fix=fix)
+def _absorbed(model: ModelScheme, headers: Headers) -> dict[str, tuple[str, ...]]:
+    """Return the linears whose act order the linears before them can take over [X5b].
 
-
-def _ways_out(scheme: Scheme) -> str:
-    """Return which formats hold a scheme that the target does not."""
-    both = scheme.scale_dtype == "F16" and scheme.bits in (2, 3, 4, 8)
-    return "--to gptq_v2 or canonical keep it" if both else "--to canonical keeps it"
-
-
-def _bits(goal: Scheme, target: Format, wishes: Wishes, moves: list[Move]) -> Scheme | Step:
-    """Widen to the wished bits, or to the fewest the target has."""
-    assert target.capacity is not None
-    wider = [b for b in target.capacity.bits if b >= goal.bits]
-    bits = wishes.bits if wishes.bits is not None else min(wider, default=0)
-    if bits < goal.bits:
-        wanted = bits or max(target.capacity.bits)
-        return _blocked(
-            goal,
-            Verdict.REQUANTIZED,
-            f"{goal.bits}-bit codes do not fit {wanted} bits",
-            _ways_out(goal),
-        )
-    if bits > goal.bits:
-        symmetric = wishes.sym or (goal.zeros is not None and goal.symmetric)
-        # A symmetric grid stays symmetric when it is widened: engines that take only symmetric
-        # files would otherwise refuse what was one before.
-        name = "symmetrize" if symmetric else "widen"
-        moves.append(Move(name, bits))
-        facts = goal.zeros
-        if facts is not None and symmetric:
-            mid = 1 << (bits - 1)
-            facts = ZeroFacts(mid, mid, facts.count, facts.count)
-        elif facts is not None:
-            facts = replace(facts, midpoint=0, at_maxq=0)
-        return replace(goal, bits=bits, zeros=facts, sym=symmetric)
-    return goal
-
-
-def _order(goal: Scheme, target: Format, wishes: Wishes, moves: list[Move]) -> Scheme | Step:
-    """Act order is kept, or there is no exact way."""
-    assert target.capacity is not None
-    if goal.act_order and not target.capacity.act_order:
-        return _blocked(
-            goal,
-            Verdict.REQUANTIZED,
-            f"columns are in act order, and {target.name} has no g_idx",
-            _ways_out(goal),
-        )
-    return goal
-
-
-def _groups(goal: Scheme, target: Format, wishes: Wishes, moves: list[Move]) -> Scheme | Step:
-    """Split groups to the wished size, or a ragged last group to whole ones."""
-    assert target.capacity is not None
-    inp = goal.in_features
-    size = goal.group_size
-    if wishes.group_size is not None:
-        size = inp if wishes.group_size == -1 else min(wishes.group_size, inp)
-    elif not target.capacity.ragged and inp % size:
-        size = gcd(size, inp)
-    if size == goal.group_size:
-        return goal
-    if goal.act_order:
-        return _blocked(
-            goal,
-            Verdict.IMPOSSIBLE,
-            f"groups in act order cannot be split to {size} inputs",
-            "leave out --group-size",
-        )
-    if goal.group_size % size and not (goal.groups == 1 and size < inp):
-        return _blocked(
-            goal,
-            Verdict.REQUANTIZED,
-            f"groups of {goal.group_size} inputs are not groups of {size}",
-            f"a --group-size that divides {gcd(goal.group_size, inp)}",
-        )
-    moves.append(Move("split_groups", size))
-    return replace(goal, group_size=size)
-
-
-def _zeros(goal: Scheme, target: Format, wishes: Wishes, moves: list[Move]) -> Scheme | Step:
-    """Bring zeros into what every reader of the target agrees on."""
-    assert target.capacity is not None
-    facts = goal.zeros
-    if facts is None:
-        raise ValueError("a plan needs a surveyed model")
-    if wishes.sym and not facts.symmetric:
-        return _blocked(
-            goal,
-            Verdict.REQUANTIZED,
-            f"zeros differ from the midpoint, and {goal.bits}-bit codes leave no room to shift",
-            "--bits 8 with --sym is exact" if goal.bits == 4 else "leave out --sym",
-        )
-    low, high = target.capacity.zeros(goal.bits)
-    if facts.lowest >= low and facts.highest <= high:
-        return replace(goal, sym=facts.symmetric)
-    widened = next((n for n, m in enumerate(moves) if m.name == "widen"), None)
-    if widened is not None:
-        # The codes are being widened anyway: shifting them to the midpoint always fits then.
-        moves[widened] = Move("symmetrize", goal.bits)
-        mid = goal.midpoint
-        return replace(goal, sym=True, zeros=ZeroFacts(mid, mid, facts.count, facts.count))
-    out = facts.lowest if facts.lowest < low else facts.highest
-    wider = [b for b in target.capacity.bits if b > goal.bits]
-    ways = ["--to canonical"]
-    if facts.highest < 1 << goal.bits and goal.scale_dtype == "F16":
-        ways.insert(0, "--to gptq_v2")
-    if wider:
-        ways.insert(0, f"--bits {wider[0]}")
-    return _blocked(
-        goal,
-        Verdict.REQUANTIZED if not wider else Verdict.IMPOSSIBLE,
-        f"some zeros are {out}, and {target.name} holds {low} to {high} at {goal.bits} bits",
-        " or ".join(ways) + (" is" if len(ways) == 1 else " are") + " exact",
-    )
-
-
-def _scales(goal: Scheme, target: Format, moves: list[Move]) -> tuple[Scheme | Step, str]:
-    """Cast scales where the target's readers take another dtype; return what it costs."""
-    assert target.capacity is not None
-    allowed = target.capacity.scale_dtypes
-    if goal.scale_dtype in allowed:
-        return goal, ""
-    moves.append(Move("cast_scales", allowed[0]))
-    cast = replace(goal, scale_dtype=allowed[0])
-    if goal.scales is None:
-        raise ValueError("a plan needs a surveyed model")
-    if goal.scales.exact:
-        return cast, ""
-    if not goal.scales.kept:
-        reason = f"some {goal.scale_dtype} scales overflow {allowed[0]}, or become 0 in it"
-        return _blocked(goal, Verdict.IMPOSSIBLE, reason, "--to canonical keeps them"), ""
-    bound = "2^-11 of each scale, 2^-25 absolute below 2^-14"
-    return cast, f"{goal.scale_dtype} scales rounded to {allowed[0]}: at most {bound}"
+    The last linear of a gated MLP: what it multiplies is made by linears whose output rows may come
+    in any order, and passes only through elementwise maps. Another tensor in the same MLP (a norm
+    between the two) may depend on the order: then nothing is absorbed.
+    """
+    found = {}
+    for module, scheme in model.linears.items():
+        parent, dot, last = module.rpartition(".")
+        if not (scheme.act_order and scheme.sortable and last in _PRODUCERS):
+            continue
+        family = tuple(f"{parent}{dot}{name}" for name in (*_PRODUCERS[last], last))
+        known = all(name in model.linears or name in model.dense for name in family)
+        mine = [name for name in headers if name.startswith(f"{parent}{dot}")]
+        alone = all(name.startswith(tuple(f"{member}." for member in family)) for name in mine)
+        if known and alone:
+            found[module] = family[:-1]
+    return found

@@ -88,11 +88,12 @@ class Scheme:
 
     `kind` is the grid. `group_size` is always positive (channelwise is `in_features`; for a
     codebook, the weights that share an absmax). `sym` and `desc_act` are what
-    the config claims (`None`: nothing); `act_order` is the fact read from `g_idx`, and `zeros` and
-    `scales`, once surveyed, the facts about those. `has_g_idx` says that the file stores a
-    `g_idx`, needed or not. `per_word` is the number of codes in a stored word where they do not
-    fill it (`Packing.per_word`; 0: they do), and `shared` says that the one scale and zero of the
-    whole linear are stored once.
+    the config claims (`None`: nothing); `act_order` is the fact read from `g_idx` (`sortable`: its
+    groups are of one size, so that sorted columns lie in order), and `zeros` and `scales`, once
+    surveyed, the facts about those. `has_g_idx` says that the file stores a `g_idx`, needed or not.
+    `per_word` is the number of codes in a stored word where they do not fill it
+    (`Packing.per_word`; 0: they do), and `shared` says that the one scale and zero of the whole
+    linear are stored once.
     """
 
     out_features: int
@@ -102,6 +103,7 @@ class Scheme:
     sym: bool | None = None
     desc_act: bool = False
     act_order: bool = False
+    sortable: bool = True
     has_g_idx: bool = False
     scale_dtype: str = "F16"
     zero_rule: str = "as_is"

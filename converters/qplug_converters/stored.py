@@ -161,5 +161,9 @@ def _ordered(where: str, scheme: Scheme, peek: Peek) -> Scheme:
             f"0 to {scheme.groups - 1}",
             INCOMPLETE,
         )
-    in_order = np.array_equal(g_idx, np.arange(scheme.in_features) // scheme.group_size)
-    return replace(scheme, act_order=not in_order)
+    regular = np.arange(scheme.in_features) // scheme.group_size
+    return replace(
+        scheme,
+        act_order=not np.array_equal(g_idx, regular),
+        sortable=np.array_equal(np.sort(g_idx), regular),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,12 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Dtype of dense weights (default: float32).",
 )
+@click.option(
+    "--tp",
+    type=click.IntRange(1, 1024),
+    default=1,
+    help="Split groups so that every row-parallel linear divides between this many ranks.",
+)
 @zero_rule_option
 @click.option(
     "--allow",
@@ -76,6 +83,7 @@ def command(
     group_size: int | None,
     sym: bool,
     dtype: str | None,
+    tp: int,
     zero_rule: str | None,
     allow: str,
     max_shard: int,
@@ -90,17 +98,19 @@ def command(
     """
     from qplug_converters.checkpoint import open_checkpoint
     from qplug_converters.errors import QplugError
+    from qplug_converters.look import looker
     from qplug_converters.plan import Verdict, Wishes, make_plan
     from qplug_converters.survey import survey
 
-    _check_usage(target, bits, group_size, sym, dtype)
+    _check_usage(target, bits, group_size, sym, dtype, tp)
     if not dry_run:
         dst = new_folder(src, dst)
     checkpoint = open_checkpoint(src, zero_rule)
     found, model = checkpoint.scheme(source)
     model = survey(checkpoint, found, model)
-    wishes = Wishes(bits=bits, group_size=group_size, sym=sym, dtype=dtype or "float32")
-    plan = make_plan(found, model, target, wishes)
+    wishes = Wishes(bits=bits, group_size=group_size, sym=sym, dtype=dtype or "float32", tp=tp)
+    look = looker(checkpoint, found, model)
+    plan = make_plan(found, model, target, wishes, headers=checkpoint.headers, look=look)
     if not as_json:
         _show(plan)
     answer: dict[str, Any] = {"plan": plan_json(plan)}
@@ -133,6 +143,7 @@ def command(
         answer["output"] = str(dst)
         if not as_json:
             render.say(f"wrote {dst} in {render.seconds(started)}")
+            _show_errors(dst)
         if prove:
             started = time.perf_counter()
             with render.progress("verify") as progress:
@@ -151,11 +162,21 @@ def command(
 
 
 def _check_usage(
-    target: Format, bits: int | None, group_size: int | None, sym: bool, dtype: str | None
+    target: Format,
+    bits: int | None,
+    group_size: int | None,
+    sym: bool,
+    dtype: str | None,
+    tp: int,
 ) -> None:
     """Refuse what the target would ignore, or does not hold."""
     if target.capacity is None:
-        given = {"--bits": bits is not None, "--group-size": group_size is not None, "--sym": sym}
+        given = {
+            "--bits": bits is not None,
+            "--group-size": group_size is not None,
+            "--sym": sym,
+            "--tp": tp > 1,
+        }
         for name, is_given in given.items():
             if is_given:
                 raise click.UsageError(f"{name} means nothing with --to {target.name}: no codes")
@@ -175,6 +196,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "verdict": plan.verdict.name,
         "counts": {verdict.name: count for verdict, count in plan.counts.items()},
         "producer": plan.model.producer,
+        "bytes": dict(zip(("before", "after"), plan.nbytes, strict=True)),
         "notes": list(plan.model.notes),
         "linears": [{"module": step.module, **step.as_json()} for step in plan.steps],
     }
@@ -187,10 +209,33 @@ def _show(plan: Plan) -> None:
         after = "dense" if plan.target.capacity is None else step.target.describe()
         key = (step.verdict.name, step.source.describe(), after, step.reason)
         kinds[key] = kinds.get(key, 0) + 1
-    render.say(f"{plan.source.name} to {plan.target.name}: {plan.verdict.name}")
+    before, after = (render.size(size) for size in plan.nbytes)
+    render.say(
+        f"{plan.source.name} to {plan.target.name}: {plan.verdict.name}, {before} to {after}"
+    )
     render.table(
         ("linears", "verdict", "from", "to", "how"),
         [(count, *key) for key, count in kinds.items()],
     )
     for note in plan.model.notes:
         render.warn(note)
+
+
+def _show_errors(folder: Path) -> None:
+    """Print what the certificate says of requantized linears."""
+    from qplug_converters.checkpoint import CERTIFICATE
+
+    linears = json.loads((folder / CERTIFICATE).read_text())["linears"]
+    errors = {
+        module: (said["relative_error"], said["minmax_relative_error"])
+        for module, said in linears.items()
+        if "relative_error" in said
+    }
+    if not errors:
+        return
+    mean, minmax = (sum(e[n] for e in errors.values()) / len(errors) for n in (0, 1))
+    worst = max(errors, key=lambda module: errors[module][0])
+    render.say(
+        f"{len(errors)} linears requantized: relative error {mean:.4f} on average (min/max: "
+        f"{minmax:.4f}), {errors[worst][0]:.4f} in {worst}"
+    )

@@ -9,11 +9,17 @@ from .options import json_option
 
 
 @click.command()
+@click.option(
+    "--matrix", "pairs", is_flag=True, help="What becomes of each format in each other one."
+)
 @json_option
-def command(as_json: bool) -> None:
+def command(pairs: bool, as_json: bool) -> None:
     """List the formats; every one answers to NAME and NAME-layout."""
     from qplug_converters.formats import FORMATS
 
+    if pairs:
+        _matrix(as_json)
+        return
     if as_json:
         render.data(
             {
@@ -47,3 +53,23 @@ def command(as_json: bool) -> None:
             )
         )
     render.table(("format", "also", "can", "bits", "act order", ""), rows)
+
+
+def _matrix(as_json: bool) -> None:
+    """Print what happens to linears of each format in each other one."""
+    from qplug_converters.matrix import describe, matrix
+
+    found = matrix()
+    if as_json:
+        cells = [
+            {
+                "from": source,
+                "to": target,
+                "verdicts": {verdict.name: names for verdict, names in cell.items()},
+            }
+            for (source, target), cell in found.items()
+        ]
+        render.data({"pairs": cells})
+        return
+    rows = [(*pair, describe(cell)) for pair, cell in found.items()]
+    render.table(("from", "to", "verdict of the usual linear, and of others"), rows)

@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 
 from qplug_converters import formats
-from qplug_converters.checkpoint import open_checkpoint
+from qplug_converters.checkpoint import Checkpoint, open_checkpoint
 from qplug_converters.codec import decode, encode
-from qplug_converters.errors import QplugError, Refused, Unsupported
+from qplug_converters.errors import QplugError, Refused
 from qplug_converters.execute import execute
-from qplug_converters.plan import Verdict, Wishes, make_plan
+from qplug_converters.plan import Plan, Verdict, Wishes, make_plan
 from qplug_converters.survey import survey
 from qplug_converters.verify import verify
 
@@ -69,8 +69,11 @@ def test_every_exact_pair_there_and_back(name: str, target: str, tmp_path: Path)
     to = formats.find(target)
     plan = make_plan(found, model, to)
     if plan.verdict > Verdict.EXACT:
-        with pytest.raises((Refused, Unsupported)):
-            plan.refuse_above(Verdict.ROUNDED)
+        if plan.verdict > Verdict.ROUNDED:
+            with pytest.raises(Refused):
+                plan.refuse_above(Verdict.ROUNDED)
+        if plan.verdict < Verdict.IMPOSSIBLE:
+            promised_error(plan, checkpoint, tmp_path / "there")
         return
     execute(plan, checkpoint, tmp_path / "there")
     there = open_checkpoint(tmp_path / "there")
@@ -89,6 +92,26 @@ def test_every_exact_pair_there_and_back(name: str, target: str, tmp_path: Path)
     if back.verdict <= Verdict.EXACT:
         execute(back, there, tmp_path / "back")
         assert verify(checkpoint, open_checkpoint(tmp_path / "back")).same
+
+
+def promised_error(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
+    """Convert, and find every weight as near as its step says."""
+    execute(plan, checkpoint, folder)
+    there = open_checkpoint(folder)
+    proof = verify(checkpoint, there)
+    assert proof.problems == ()
+    assert proof.verdict <= plan.verdict
+    said = json.loads((folder / "qplug-certificate.json").read_text())["linears"]
+    for step in plan.steps:
+        entry = said[step.module]
+        assert entry["verdict"] == step.verdict.name
+        assert ("relative_error" in entry) is step.refits
+        if step.refits:
+            assert entry["relative_error"] <= entry["minmax_relative_error"]
+            assert entry["relative_error"] < 0.3
+            # The bytes have the error that the certificate states.
+            report = next(r for r in proof.linears if r.module == step.module)
+            assert (report.differing == 0) == (entry["relative_error"] == 0)
 
 
 @pytest.mark.parametrize(
@@ -110,15 +133,14 @@ def test_verdicts_to_awq(name: str, verdict: Verdict, words: str) -> None:
     assert words in plan.steps[0].reason
 
 
-def test_requantizing_is_refused_and_not_built() -> None:
+def test_requantizing_needs_consent() -> None:
     _, found, model = laws.surveyed(GOLDEN / ACT_ORDER)
     plan = make_plan(found, model, formats.find("awq"))
     with pytest.raises(Refused) as caught:
         plan.refuse_above(Verdict.ROUNDED)
     assert caught.value.exit_code == 3
-    assert "--allow requantized (not built yet)" in caught.value.fix
-    with pytest.raises(Unsupported, match="not built yet"):
-        plan.refuse_above(Verdict.REQUANTIZED)
+    assert caught.value.fix.endswith("; or --allow requantized")
+    plan.refuse_above(Verdict.REQUANTIZED)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_only_linears_that_can_be_converted_share_a_group_size() -> None:
     fine = [s for s in plan.steps if s.verdict is Verdict.EXACT]
     assert fine
     assert {s.target.group_size for s in fine} == {64}
+    assert {s.target.group_size for s in plan.steps if s.refits} == {64}
 
 
 def with_scales(folder: Path, scales: torch.Tensor) -> Checkpoint:
@@ -107,7 +108,7 @@ def test_a_forced_rule_is_written_out(tmp_path: Path) -> None:
     model = survey(checkpoint, found, model)
     assert model.forced
     plan = make_plan(found, model, found)
-    assert plan.verdict is Verdict.IMPOSSIBLE  # zeros of 0, which v1 cannot say to all readers
+    assert plan.verdict is Verdict.REQUANTIZED  # zeros of 0, which v1 cannot say to all readers
     plan = make_plan(found, model, found, Wishes(bits=8))
     execute(plan, checkpoint, tmp_path / "c")
     assert verify(checkpoint, open_checkpoint(tmp_path / "c")).same
