@@ -141,7 +141,8 @@ def engines_page() -> str:
 
 What engines do with the checkpoints that qplug reads, as `qplug inspect` answers for one of them.
 The first rule that holds for a version and whose left column is true of a checkpoint decides; of
-other formats nothing is claimed. Source: `qplug/engines/`.
+other formats nothing is claimed. Where a config can cure a refusal, `qplug convert --for` copies
+the tensors and states the truth. Source: `qplug/engines/`.
 
 """
     return HEAD + intro + "\n".join(map(engine_section, ENGINES)).rstrip() + "\n"

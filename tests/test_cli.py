@@ -327,7 +327,7 @@ def test_verify_of_rounded_ones(tmp_path: Path, qplug: Command) -> None:
         (("nope",), "No such command 'nope'"),
         ((), "Usage:"),
         (("convert", "a"), "Missing argument 'DST'"),
-        (("convert", "a", "b"), "Missing option '--to'"),
+        (("convert", "a", "b"), "one of --to and --for"),
         (("convert", "a", "b", "--to", "nope"), "no format 'nope': choose one of canonical,"),
         (("convert", "a", "b", "--to", "awq", "--from", "nope"), "no format 'nope'"),
         (("convert", "a", "b", "--to", "awq", "--group-size", "0"), "0 is no group size"),

@@ -41,11 +41,15 @@ class Supply(Protocol):
 def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json and the side files of the converted checkpoint."""
     config = dict(checkpoint.config)
-    if plan.copied_whole:
-        return config, {n: checkpoint.read_json(n) for n in checkpoint.side_configs}
+    sides = {n: checkpoint.read_json(n) for n in checkpoint.side_configs}
+    if plan.copied_whole and plan.stated is None:
+        return config, sides
     text = config.get("text_config")
     if isinstance(text, Mapping) and "quantization_config" in text:
         config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
+    if plan.copied_whole and plan.stated is not None:
+        config["quantization_config"] = _stating(checkpoint.block or {}, plan.stated)
+        return config, {n: _stating(side, plan.stated) for n, side in sides.items()}
     written = plan.target.write(plan.goal)
     for key in ("quantization_config", "compression_config"):
         config.pop(key, None)
@@ -58,10 +62,17 @@ def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any]
     return config, {name: dict(block) for name, block in written.side_files.items()}
 
 
+def _stating(block: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config block with keys stated otherwise (`None`: left out)."""
+    return {k: v for k, v in {**block, **keys}.items() if k not in keys or v is not None}
+
+
 def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what the plan promises of every linear, as `qplug-certificate.json` holds it."""
+    stated = {} if plan.stated is None else {"config": dict(plan.stated)}
     return {
         "tool": f"qplug {__version__}",
+        **stated,
         "source": {
             **checkpoint.source.origin,
             "format": plan.source.name,

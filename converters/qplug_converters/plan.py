@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd
+from typing import Any
 
 from .block import stated_group_size
 from .errors import QplugError, Refused
@@ -30,6 +31,8 @@ class Plan:
 
     `reordered` are tensors outside quantized linears whose first axis takes the order of a
     linear's `g_idx` (biases and dense weights of absorbed act order [X5b]), by that linear.
+    `stated`, of a plan that copies everything, are keys that the config is to state otherwise
+    (`None`: to leave out), in config.json.
     """
 
     source: Format
@@ -38,6 +41,7 @@ class Plan:
     steps: tuple[Step, ...]
     wishes: Wishes
     reordered: Mapping[str, str] = field(default_factory=dict)
+    stated: Mapping[str, Any] | None = None
 
     @property
     def verdict(self) -> Verdict:

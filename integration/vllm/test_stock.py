@@ -143,12 +143,8 @@ def write_twin(golden: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_table_is_right(
-    name: str, engine: Callable[..., Any], expected: Callable[[str], Any], tmp_path: Path
-) -> None:
-    golden, change = CASES[name]
-    folder = tmp_path / "m"
+def write(folder: Path, golden: str, change: Change) -> Path:
+    """Write a golden with a change to a new folder; a block that leaves goes to the side file."""
     folder.mkdir()
     config = json.loads((GOLDEN / golden / "config.json").read_text())
     tensors = load_file(GOLDEN / golden / "model.safetensors")
@@ -158,7 +154,15 @@ def test_the_table_is_right(
         (folder / "quantize_config.json").write_text(json.dumps(side))
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_table_is_right(
+    name: str, engine: Callable[..., Any], expected: Callable[[str], Any], tmp_path: Path
+) -> None:
+    golden, change = CASES[name]
+    folder = write(tmp_path / "m", golden, change)
     checkpoint = open_checkpoint(folder)
     found, model = checkpoint.scheme()
     facts = of_checkpoint(checkpoint, survey(checkpoint, found, model))
@@ -173,3 +177,34 @@ def test_the_table_is_right(
     with engine(folder) as stock:
         tokens = stock.tokens(PROMPTS, 24)
     assert (tokens == expected(golden)) is (answer.outcome is Outcome.RUNS)
+
+
+RESCUED: dict[str, tuple[str, Change]] = {
+    "2-bit": CASES["2-bit"],
+    "3-bit, old zeros": ("gptq-3b-sym-g128-by-5.8.0", as_it_is),
+    "4-bit asymmetric": CASES["4-bit asymmetric"],
+    "groups of 96": CASES["groups of 96"],
+    "act order claimed": CASES["act order claimed"],
+    "AWQ, null list, KV scales": CASES["AWQ, null list, KV scales"],
+}
+
+
+@pytest.mark.parametrize("name", RESCUED)
+def test_what_it_refuses_it_serves_after_conversion(
+    name: str, engine: Callable[..., Any], expected: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """`qplug convert --for vllm`: the source is refused, the result is the same model."""
+    from qplug.cli import main
+
+    golden, change = RESCUED[name]
+    source, target = write(tmp_path / "source", golden, change), tmp_path / "m"
+    with pytest.raises(Exception), engine(source):  # noqa: B017, PT011
+        pass
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(source), str(target), "--for", f"vllm={version('vllm')}", "--verify"])
+    assert ended.value.code == 0
+    with engine(target) as stock:
+        assert stock.tokens(PROMPTS, 24) == expected(golden)
+        kind = stock.ask(lambda m: type(m.model.layers[0].mlp.down_proj.quant_method).__name__)
+    assert "Qplug" not in kind
+    assert "Unquantized" not in kind

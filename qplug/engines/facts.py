@@ -63,8 +63,8 @@ class Facts:
 
     def stating(self, changes: Mapping[str, Any]) -> Facts:
         """Return the facts with keys of the block changed (`None`: left out), in config.json."""
-        kept = {k: v for k, v in self.block.items() if k not in changes}
-        block = {**kept, **{k: v for k, v in changes.items() if v is not None}}
+        stated = {**self.block, **changes}
+        block = {k: v for k, v in stated.items() if k not in changes or v is not None}
         return replace(self, block=block, place=CONFIG)
 
     def schemes(self) -> Iterator[tuple[str, Scheme]]:

@@ -1,0 +1,193 @@
+"""`qplug convert --for`: which exact form is chosen, what it costs, and the answer no."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import GOLDEN, Command, Draft, Stored
+
+from qplug_converters.checkpoint import open_checkpoint
+
+SYM, ORDERED = "gptq-4b-sym-g32", "gptq-4b-sym-g64-actorder"
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def block_of(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+CHOSEN = {
+    "gptq-2b-asym-g32": "gptq 4-bit sym g32",
+    "gptq-3b-asym-g128": "gptq 4-bit sym channel",
+    "gptq-3b-sym-g128-by-5.8.0": "gptq 4-bit sym channel",
+    "autogptq-3b-sym-g64": "gptq 4-bit sym g64",
+    "gptq-4b-asym-g64": "awq 4-bit asym g64",
+    "gptq_v2-4b-asym-g64": "awq 4-bit asym g64",
+    # Some zeros are 16, which AWQ cannot hold: eight bits are what is left.
+    "autogptq-4b-asym-g128": "gptq 8-bit sym channel",
+    "autogptq-4b-sym-ragged-g96": "gptq 4-bit sym g32",
+    "gptq-8b-sym-g128": "gptq 8-bit sym channel",
+    "awq-gemm-g128": "awq 4-bit asym channel",
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_goldens_for_vllm(name: str, tmp_path: Path, qplug: Command) -> None:
+    target = tmp_path / "m"
+    ran = qplug("convert", GOLDEN / name, target, "--for", "vllm", "--verify", "--json")
+    assert ran.code == 0
+    found = ran.json
+    chosen = f"{found['plan']['to']} {found['plan']['linears'][0]['to']}"
+    assert chosen == CHOSEN[name]
+    assert found["proof"]["verdict"] in ("COPIED", "EXACT")
+    assert found["command"] == f"vllm serve {target}"
+    answers = qplug("inspect", target, "--zeros", "--json").json["engines"]
+    (last,) = [a for a in answers if (a["engine"], a["last"]) == ("vllm", "0.33")]
+    assert last["outcome"] == "runs"
+    size = sum(spec.nbytes for spec in open_checkpoint(target).headers.values())
+    assert size in [form["bytes"] for form in found["for"]["forms"] if form["answer"] == "runs"]
+
+
+def test_what_is_printed(tmp_path: Path, qplug: Command) -> None:
+    ran = qplug("convert", GOLDEN / "gptq-2b-asym-g32", tmp_path / "m", "--for", "vllm=0.32")
+    assert ran.code == 0
+    assert ran.out.splitlines()[:7] == [
+        "form                    how            bytes     more     answer",
+        "gptq_v2 2-bit asym g32  repacked       68.6 kB   +0.0%    refused: 2-bit asymmetric: "
+        "GPTQ is taken as 4 or 8 bits, symmetric",
+        "gptq 3-bit sym g32      symmetrize(3)  81.3 kB   +18.5%   refused: 3-bit symmetric: "
+        "GPTQ is taken as 4 or 8 bits, symmetric",
+        "awq 4-bit asym g32      widen(4)       90.4 kB   +31.7%   runs",
+        "awq 4-bit sym g32       symmetrize(4)  90.4 kB   +31.7%   runs",
+        "gptq_v2 4-bit sym g32   symmetrize(4)  94.0 kB   +36.9%   runs",
+        "gptq 4-bit sym g32      symmetrize(4)  94.0 kB   +36.9%   runs",
+    ]
+    assert ran.err.startswith("vLLM 0.32, as it is: refused: 2-bit asymmetric")
+    assert ran.err.endswith(f"vLLM takes it: vllm serve {tmp_path / 'm'}\n")
+
+
+STATED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a flag without order": (SYM, {"desc_act": True}, {"desc_act": False}),
+    "no desc_act": (SYM, {"desc_act": ...}, {"desc_act": False}),
+    "symmetric after all": (SYM, {"sym": False}, {"sym": True}),
+    "no quant_method": (SYM, {"quant_method": ..., "method": ...}, {"quant_method": "gptq"}),
+    "no zero_point": ("awq-gemm-g128", {"zero_point": ...}, {"zero_point": True}),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_a_config_is_cured_first(name: str, tmp_path: Path, qplug: Command) -> None:
+    """Tensors are copied, and what decides how they are read stays as it was."""
+    golden, keys, stated = STATED[name]
+    draft = Draft.of(golden).set(**{k: v for k, v in keys.items() if v is not ...})
+    draft.drop(*(k for k, v in keys.items() if v is ...))
+    source, target = draft.save(tmp_path / "source"), tmp_path / "m"
+    ran = qplug("convert", source, target, "--for", "vllm", "--verify", "--json")
+    assert ran.code == 0
+    assert ran.json["plan"]["verdict"] == "COPIED"
+    assert ran.json["proof"]["problems"] == []
+    assert Draft.of(target).tensors == Draft.of(source).tensors
+    assert block_of(target) == {**block_of(source), **stated}
+    if draft.side is not None:
+        side = json.loads((target / "quantize_config.json").read_text())
+        assert {key: side[key] for key in stated} == stated
+    certificate = json.loads((target / "qplug-certificate.json").read_text())
+    assert certificate["config"] == stated
+    again = qplug("convert", target, tmp_path / "again", "--for", "vllm", "--dry-run")
+    assert again.err.startswith("vLLM 0.33, as it is: runs\n")
+
+
+def test_a_block_is_moved_to_config_json(tmp_path: Path, qplug: Command) -> None:
+    draft = Draft.of(SYM)
+    draft.side = draft.config.pop("quantization_config")
+    source, target = draft.save(tmp_path / "source"), tmp_path / "m"
+    for reader in ("vllm", "vllm-cpu", "transformers"):
+        ran = qplug("convert", source, tmp_path / reader, "--for", reader, "--json")
+        assert ran.code == 0
+        assert block_of(tmp_path / reader) == draft.side
+    ran = qplug("convert", source, target, "--for", "vllm")
+    assert "config: moved to config.json" in ran.out
+
+
+def test_a_null_list_beside_scales_of_the_kv_cache(tmp_path: Path, qplug: Command) -> None:
+    draft = Draft.of("awq-gemm-g128")
+    draft.tensors["model.layers.0.self_attn.k_scale"] = Stored.of(np.ones(1, np.float32))
+    source, target = draft.save(tmp_path / "source"), tmp_path / "m"
+    assert qplug("convert", source, target, "--for", "vllm").code == 0
+    assert block_of(target)["modules_to_not_convert"] == ["lm_head"]
+
+
+def test_no_form(tmp_path: Path, qplug: Command) -> None:
+    target = tmp_path / "m"
+    ran = qplug("convert", GOLDEN / ORDERED, target, "--for", "vllm")
+    assert ran.code == 3
+    assert not target.exists()
+    assert "awq" in ran.out
+    no = "no exact form that vLLM 0.33 takes (as it is: refused: the columns are in act order)"
+    assert ran.errors == [f"error: {no}"]
+    assert "Transformers with qplug: AutoModelForCausalLM.from_pretrained(" in ran.err
+    assert "vLLM with qplug does not take it either" in ran.err
+    ran = qplug("convert", GOLDEN / ORDERED, target, "--for", "vllm", "--dry-run", "--json")
+    assert ran.code == 3
+    assert ran.json["refused"]["found"].startswith("no exact form that vLLM 0.33 takes")
+    assert {form["answer"] for form in ran.json["for"]["forms"]} == {"refused"}
+
+
+def test_what_qplug_would_serve(tmp_path: Path, qplug: Command) -> None:
+    """8-bit asymmetric weights have no exact form that the CPU build takes; 4-bit ones have."""
+    ran = qplug("convert", GOLDEN / "autogptq-4b-asym-g128", tmp_path / "m", "--for", "vllm-cpu")
+    assert ran.code == 3
+    folder = GOLDEN / "autogptq-4b-asym-g128"
+    assert f"vLLM with qplug: vllm serve {folder} --quantization qplug-gptq" in ran.err
+
+
+def test_an_older_version_takes_more(tmp_path: Path, qplug: Command) -> None:
+    ran = qplug("convert", GOLDEN / ORDERED, tmp_path / "m", "--for", "vllm=0.29", "--json")
+    assert ran.code == 0
+    assert ran.json["plan"]["verdict"] == "COPIED"
+
+
+def test_for_transformers(tmp_path: Path, qplug: Command) -> None:
+    """Its GPTQ reader takes everything but zeros that GPTQModel misreads."""
+    as_it_is = qplug("convert", GOLDEN / ORDERED, tmp_path / "a", "--for", "transformers", "--json")
+    assert as_it_is.json["plan"]["verdict"] == "COPIED"
+    legacy = GOLDEN / "gptq-3b-sym-g128-by-5.8.0"
+    ran = qplug("convert", legacy, tmp_path / "b", "--for", "transformers", "--verify", "--json")
+    assert ran.code == 0
+    assert ran.json["plan"]["to"] in ("gptq", "gptq_v2")
+    assert ran.json["plan"]["linears"][0]["to"] == "3-bit sym channel"
+
+
+def test_from_the_canonical_form(tmp_path: Path, qplug: Command) -> None:
+    own = tmp_path / "own"
+    assert qplug("convert", GOLDEN / "gptq-4b-asym-g64", own, "--to", "canonical").code == 0
+    ran = qplug("convert", own, tmp_path / "m", "--for", "vllm", "--json")
+    assert (ran.code, ran.json["plan"]["to"]) == (0, "awq")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "one of --to and --for"),
+        (("--to", "awq", "--for", "vllm"), "one of --to and --for"),
+        (("--for", "vllm", "--bits", "8"), "leave out --bits"),
+        (("--for", "vllm", "--allow", "rounded", "--sym"), "leave out --sym, --allow"),
+        (("--for", "sglang"), "no engine 'sglang': choose one of vllm, vllm-cpu, transformers"),
+        (("--for", "vllm=new"), "'new' is no version; write e.g. 0.33"),
+        (("--for", "vllm=0.10"), "nothing is known of vLLM before 0.21"),
+    ],
+)
+def test_wrong_usage(options: tuple[str, ...], told: str, tmp_path: Path, qplug: Command) -> None:
+    ran = qplug("convert", GOLDEN / SYM, tmp_path / "m", *options)
+    assert ran.code == 2
+    assert told in ran.err
+
+
+def test_versions_to_come(tmp_path: Path, qplug: Command) -> None:
+    ran = qplug("convert", GOLDEN / SYM, tmp_path / "m", "--for", "vllm=0.99", "--dry-run")
+    assert ran.code == 0
+    assert ran.err.startswith("warning: of vLLM 0.99 nothing is known: judged as 0.33\n")
