@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from .checkpoint import CERTIFICATE, Checkpoint
 from .errors import QplugError
 from .job import Advance, Rows, ShardJob, ShardResult, cut_shards, run, run_alone, tasks_of
+from .journal import Journal, Made, key_of
 from .plan import Plan
 from .threads import workers
 from .version import __version__
@@ -86,6 +87,17 @@ def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def conversion_key(plan: Plan, checkpoint: Checkpoint, max_shard: int = MAX_SHARD) -> str:
+    """Return the key of a conversion for its journal: source, plan, cutting and version.
+
+    A published source is known by its revision; a folder by when its shards were last written.
+    """
+    facts = {**certificate(plan, checkpoint), "max_shard": max_shard}
+    if not checkpoint.source.origin:
+        facts["written"] = [shard.stat().st_mtime_ns for shard in checkpoint.shards]
+    return key_of(facts)
+
+
 def execute(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -98,6 +110,7 @@ def execute(
     executor: Executor | None = None,
     supply: Supply | None = None,
     deliver: Deliver | None = None,
+    journal: Journal | None = None,
 ) -> Path:
     """Convert a checkpoint into the new folder `target`.
 
@@ -122,12 +135,16 @@ def execute(
     deliver
         Is given each finished shard, in order. Space is then reserved for one shard at a time, and
         a shard that is gone when it returns is not in `target`, though in its index.
+    journal
+        Names the shards that need not be made again (in the partial folder, or with `deliver`
+        handed over), and takes note of each that is finished. With one, the partial folder stays
+        when something goes wrong.
 
     Raises
     ------
     QplugError
         If the source is damaged, a value cannot be held, or the disk refuses. Nothing is left
-        behind then.
+        behind then, but for what a `journal` is for.
     """
     if rows is not None and executor is not None:
         raise ValueError("rows are made in this process: not with an executor")
@@ -144,17 +161,36 @@ def execute(
             progress(done, total, what)
 
     specs = [specs for specs, _ in shards]
-    with Writer(target, specs, plan.target.shard_stem, ahead=deliver is None) as writer:
-        jobs = [
-            ShardJob(file.path, file.specs, tasks, hashed=deliver is not None)
-            for file, (_, tasks) in zip(writer.shards, shards, strict=True)
-        ]
+    finished = journal.finished.items() if journal is not None else ()
+    kept = {name: before.sha256 for name, before in finished}
+    with Writer(
+        target,
+        specs,
+        plan.target.shard_stem,
+        ahead=deliver is None,
+        keep=kept if journal is not None and deliver is None else None,
+        resumable=journal is not None,
+    ) as writer:
+        if journal is not None and deliver is None:
+            journal.drop(kept.keys() - writer.kept)
+        hashed = deliver is not None or journal is not None
+        jobs, files = [], []
+        for file, (_, tasks) in zip(writer.shards, shards, strict=True):
+            job = ShardJob(file.path, file.specs, tasks, hashed=hashed)
+            before = journal.finished.get(file.path.name) if journal is not None else None
+            if before is not None:
+                advance(job.nbytes, file.path.name)
+                for module, said in before.records.items():
+                    promised["linears"][module].update(said)
+                continue
+            jobs.append(job)
+            files.append(file)
         one_by_one = supply is not None or deliver is not None
         last = {file: n for n, job in enumerate(jobs) for file in job.files}
 
         def begun() -> Iterator[ShardJob]:
             """Yield each job when all that it needs is there."""
-            for job, file in zip(jobs, writer.shards, strict=True):
+            for job, file in zip(jobs, files, strict=True):
                 if supply is not None:
                     supply.need(job.files)
                 else:
@@ -170,11 +206,14 @@ def execute(
         for n, (job, result) in enumerate(zip(jobs, results, strict=True)):
             for module, said in result.records.items():
                 promised["linears"][module].update(said)
-            if supply is not None:
-                supply.done([file for file in job.files if last[file] == n])
             if deliver is not None:
                 assert result.sha256 is not None
                 deliver(job.path, result.sha256)
+            if journal is not None:
+                assert result.sha256 is not None
+                journal.add(job.path.name, Made(result.sha256, files[n].size, result.records))
+            if supply is not None:
+                supply.done([file for file in job.files if last[file] == n])
         for path in others:
             writer.file(path)
         for name, block in side_files.items():

@@ -167,12 +167,16 @@ class Writer:
     Used as a context manager: leaving it without `commit` removes what was written, and the parent
     folders that were made for it. The partial folder `.<name>.qplug-partial` is locked while its
     writer lives; one left by a killed process is cleared away by the next. All shards are reserved
-    on entering, or with `ahead=False` each when its turn comes, by `ShardFile.reserve`.
+    on entering, or with `ahead=False` each when its turn comes, by `ShardFile.reserve`. A
+    `resumable` writer leaves the partial folder where it is; the next takes over the shards in it
+    that `keep` names, if their sha256 is that.
 
     Attributes
     ----------
     shards : tuple of ShardFile
         The files of tensors, in the partial folder.
+    kept : set of str
+        Names of those that were taken over.
 
     Raises
     ------
@@ -187,8 +191,12 @@ class Writer:
         stem: str = "model",
         *,
         ahead: bool = True,
+        keep: Mapping[str, str] | None = None,
+        resumable: bool = False,
     ) -> None:
         self.target = target
+        self.kept: set[str] = set()
+        self._keep, self._resumable = keep or {}, resumable
         self._stem, self._ahead = stem, ahead
         self._partial = target.parent / f".{target.name}.qplug-partial"
         names = _names(stem, len(shards))
@@ -204,8 +212,10 @@ class Writer:
         try:
             try:
                 self._claim()
+                self.kept = {shard.path.name for shard in self.shards if self._is_kept(shard)}
                 for left in self._partial.iterdir():
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    if left.name not in self.kept:
+                        shutil.rmtree(left) if left.is_dir() else left.unlink()
             except OSError as error:
                 raise QplugError(
                     error.strerror or str(error),
@@ -216,11 +226,19 @@ class Writer:
             # Another writer may have finished between the first look and the lock.
             self._refuse_existing("a file or folder that exists")
             for shard in self.shards if self._ahead else ():
-                shard.reserve()
+                if shard.path.name not in self.kept:
+                    shard.reserve()
         except BaseException:
             self._discard()
             raise
         return self
+
+    def _is_kept(self, shard: ShardFile) -> bool:
+        """Whether a finished shard of an earlier writer is there, whole."""
+        wanted = self._keep.get(shard.path.name)
+        if wanted is None or shard.path.is_symlink() or not shard.path.is_file():
+            return False
+        return shard.path.stat().st_size == shard.size and shard.sha256() == wanted
 
     def _refuse_existing(self, found: str) -> None:
         if self.target.exists() or self.target.is_symlink():
@@ -307,7 +325,8 @@ class Writer:
     def _discard(self) -> None:
         """Remove the partial folder if it was not renamed, and give up the lock."""
         if self._lock >= 0:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            if not self._resumable:
+                shutil.rmtree(self._partial, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
         for folder in self._made:
