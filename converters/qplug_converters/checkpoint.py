@@ -16,6 +16,7 @@ from .format import Format
 from .scheme import ModelScheme
 from .shards import MAX_HEADER, Shards, parse_json
 from .source import PICKLES, REPAIR, Folder, Source, Span, plain
+from .stacked import unstack
 
 INDEX = "model.safetensors.index.json"
 CERTIFICATE = "qplug-certificate.json"
@@ -39,7 +40,7 @@ class Checkpoint:
     shards : tuple of Path
         The safetensors files.
     locations, headers, peek, tensor, raw
-        Those of `Shards`.
+        Those of `Shards`; stacked experts are presented apart (`unstacked`: there are some).
     zero_rule : str or None
         The zero rule that replaces the one chosen from the producer.
     """
@@ -55,6 +56,10 @@ class Checkpoint:
         self.forget = shards.forget
         self.peek, self.tensor, self.raw = shards.peek, shards.tensor, shards.raw
         raise_all(shards.problems + self._check_index())
+        apart = unstack(self.locations, self.config)
+        self.unstacked = apart is not None
+        if apart is not None:
+            shards.present(apart)
         self.block, self.block_where = self._find_block()
 
     # Files ------------------------------------------------------------------------------------
@@ -280,7 +285,8 @@ class Checkpoint:
         forced = zero_rule if zero_rule is not None else self.zero_rule
         if forced is not None:
             model = _force_rule(model, found, forced)
-        return found, replace(model, notes=(*model.notes, *self._oddities(model)))
+        notes = (*model.notes, *self._oddities(model))
+        return found, replace(model, notes=notes, unstacked=self.unstacked)
 
     def _oddities(self, model: ModelScheme) -> list[str]:
         """Return what is odd about the folder, one sentence each."""

@@ -101,7 +101,7 @@ class Plan:
 
 def _copied(source: Format, target: Format, wishes: Wishes, model: ModelScheme) -> bool:
     """Whether bytes and config stay: the source's config names the rule its zeros are read by."""
-    stays = source is target and wishes.none and not model.forced
+    stays = source is target and wishes.none and not (model.forced or model.unstacked)
     return stays and all(source.current(scheme) for scheme in model.linears.values())
 
 

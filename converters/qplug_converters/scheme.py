@@ -169,7 +169,8 @@ class ModelScheme:
     that do not stop a conversion, one sentence each. `block` is the raw quantization config.
     `forced` says that a zero rule other than the producer's was asked for. `kv_scheme` is how the
     KV cache is quantized where the checkpoint holds scales for it, in the words of
-    compressed-tensors' `kv_cache_scheme`.
+    compressed-tensors' `kv_cache_scheme`. `unstacked` says that linears are slices of the file's
+    tensors, which therefore cannot be copied as they are.
     """
 
     format: str
@@ -180,3 +181,4 @@ class ModelScheme:
     block: Mapping[str, Any] = field(default_factory=dict)
     forced: bool = False
     kv_scheme: Mapping[str, Any] = field(default_factory=dict)
+    unstacked: bool = False

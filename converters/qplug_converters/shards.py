@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -304,6 +304,14 @@ class Shards:
         self.headers = {name: location.spec for name, location in self.locations.items()}
         self._maps = Maps()
         self._ahead: dict[str, dict[str, bytes]] = {}
+
+    def present(self, locations: Mapping[str, Location]) -> None:
+        """Show other tensors in place of those of the headers: parts of them."""
+        shown = dict(locations)
+        self.locations.clear()
+        self.locations.update(shown)
+        self.headers.clear()
+        self.headers.update((name, location.spec) for name, location in shown.items())
 
     def _fetched(self, name: str) -> Location:
         """Return where a tensor lies; a file that is elsewhere is fetched."""

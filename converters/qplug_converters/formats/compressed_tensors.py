@@ -40,6 +40,7 @@ from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import FLOATS, Holds, Layout, Packing, Part, TensorSpec
 from ..patterns import finder
 from ..scheme import ModelScheme, Scheme
+from ..stacked import HALVES
 from ..stored import read_linear
 
 BITS = tuple(range(1, 9))
@@ -299,6 +300,14 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
 
 def _read_one(claim: Claim, module: str, headers: Headers, peek: Peek) -> Scheme:
     """Return the scheme of one linear."""
+    packed = headers[f"{module}.weight_packed"]
+    if len(packed.shape) == 3:
+        raise QplugError(
+            f"{packed}, experts in one tensor",
+            f"{module}.weight_packed",
+            "one linear each, or [experts, out, words] with gate and up in halves",
+            LEAVE,
+        )
     stated = claim.overrides(module)
     if (entry := claim.skip(module)) is not None:
         raise QplugError(
@@ -327,14 +336,15 @@ def _read_one(claim: Claim, module: str, headers: Headers, peek: Peek) -> Scheme
     unset = _unset(module, shape[1], headers, peek)
 
     def stored(scheme: Scheme) -> Layout:
-        """Return the layout of this linear, which also holds what a scheme does not say."""
+        """Return the layout of this linear, with what its scheme does not say yet."""
         own = replace(scheme, sym=stated.sym, per_word=per_word, shared=shared)
         parts = layout(replace(own, has_g_idx=scheme.has_g_idx and not unset))
         dtype = headers[f"{module}.weight_shape"].dtype
         return Layout(tuple(_retyped(p, dtype) if p.name == "weight_shape" else p for p in parts))
 
     found = read_linear(module, replace(stated, in_features=shape[1]), stored, headers, peek)
-    if found.out_features != shape[0]:
+    halved = module.rpartition(".")[2] in HALVES and shape[0] == 2 * found.out_features
+    if found.out_features != shape[0] and not halved:
         raise QplugError(
             f"{list(shape)}", f"{module}.weight_shape", f"{found.out_features} outputs", INCOMPLETE
         )
