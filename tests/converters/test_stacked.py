@@ -72,8 +72,11 @@ def test_transposed_experts_are_refused(tmp_path: Path) -> None:
     _, stacked = checkpoints(tmp_path, True, "llama4")
     with pytest.raises(QplugError) as caught:
         laws.surveyed(stacked)
-    assert caught.value.where == f"{LAYER}.gate_up_proj.weight_packed"
-    assert "experts in one tensor" in caught.value.found
+    problems = [caught.value, *caught.value.others]
+    assert {error.where for error in problems} == {
+        f"{LAYER}.{name}.weight_packed" for name in ("gate_up_proj", "down_proj")
+    }
+    assert all("experts in one tensor" in error.found for error in problems)
 
 
 def test_a_damaged_slice_is_found(tmp_path: Path) -> None:
