@@ -61,7 +61,7 @@ GPTQMODEL = (
     "tokenicer==0.0.14",
 )
 PEERS = {
-    "compressed-tensors": Peer(("compressed-tensors==0.20.0",), small=True),
+    "compressed-tensors": Peer(("compressed-tensors==0.20.0", "transformers==5.23.0"), small=True),
     "bitsandbytes": Peer(("bitsandbytes==0.50.2",), small=True),
     "gptqmodel": Peer(alone=GPTQMODEL),
     "autoawq": Peer(("autoawq==0.2.9", "transformers==4.51.3")),
@@ -203,6 +203,17 @@ class Asked:
         self._process.stdin.close()
         self._process.wait()
         self._log.close()
+
+
+def compressed_tensors_from_awq(source: Path, target: Path) -> float | None:
+    """Return the seconds in which compressed-tensors' own converter makes `target` of an AWQ folder.
+
+    None where its environment is absent. For benchmarks: starting Python is not counted.
+    """
+    if absent("compressed-tensors"):
+        return None
+    with Asked("compressed-tensors") as tool:
+        return float(tool("from_awq", source, target))
 
 
 def main() -> int:

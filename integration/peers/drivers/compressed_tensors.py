@@ -9,6 +9,7 @@ from compressed_tensors.entrypoints.convert.converters.ct_dequantizer import (
     CompressedTensorsDequantizer,
 )
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 
 def read(folder: str, out: str) -> None:
@@ -29,21 +30,21 @@ def read(folder: str, out: str) -> None:
     save_file({name: found[name].contiguous() for name in modules}, out)
 
 
-def load(folder: str, out: str) -> None:
-    """Load a folder with Transformers, decompressed, and save the linears' weights as they are."""
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+def _save_loaded(folder: str, out: str, **options: object) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    modules = {n: m for n, m in model.named_modules() if hasattr(m, "quantization_scheme")}
+    weights = {f"{n}.weight": m.weight.data for n, m in modules.items() if hasattr(m, "weight")}
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, out)
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=CompressedTensorsConfig(dequantize=True)
-    )
-    save_file(
-        {
-            f"{name}.weight": module.weight.data.contiguous()
-            for name, module in model.named_modules()
-            if hasattr(module, "quantization_scheme") and hasattr(module, "weight")
-        },
-        out,
-    )
+
+def load(folder: str, out: str) -> None:
+    """Load a folder with Transformers, decompressed as it loads, in the dtype of the scales."""
+    _save_loaded(folder, out, quantization_config=CompressedTensorsConfig(dequantize=True))
+
+
+def load_packed(folder: str, out: str) -> None:
+    """Load a folder with Transformers as it does unasked."""
+    _save_loaded(folder, out)
 
 
 def from_awq(folder: str, out: str) -> float:
