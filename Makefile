@@ -25,7 +25,7 @@ AWQ := build/models/smollm2-awq/config.json
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint format unit engine peers bench docs soak clean machine-demo machine-test
+.PHONY: help demo test setup lint format unit engine peers peers-small bench docs soak clean machine-demo machine-test
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ help: ## list the targets
 demo: machine-demo $(READY) ## a real model: quantize, convert, prove, serve with vLLM, ask a question
 	@$(BIN)/python integration/demo/demo.py
 
-test: machine-test lint unit engine ## everything: set-up, linters, unit tests, tests with real engines
+test: machine-test lint unit engine peers-small ## everything: set-up, linters, unit tests, tests with real engines
 
 setup: $(READY) ## make .venv: torch (CPU), vLLM (CPU), qplug, tools
 
@@ -54,6 +54,11 @@ unit: $(READY) ## tests/: no engine, no network
 
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
 	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration tests -m "engine and not slow" --durations=15
+
+# The tools that are small: seconds to install, seconds to ask.
+peers-small: $(READY)
+	$(BIN)/python integration/peers/peers.py --small
+	QPLUG_REQUIRE_PEERS=1 $(BIN)/pytest integration -m peer -k "bitsandbytes or compressed"
 
 peers: $(READY) ## other tools read what qplug writes: an environment each in build/peers, tests
 	$(BIN)/python integration/peers/peers.py

@@ -31,10 +31,12 @@ def different(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str
 
     The names must be the same.
     """
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())[:3]
     return [name for name in found if not torch.equal(found[name].float(), expected[name])]
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Compare all weights by name, exactly."""
-    assert different(found, expected) == []
+    far = different(found, expected)
+    gaps = [float((found[name].float() - expected[name]).abs().max()) for name in far]
+    assert not far, f"{len(far)} of {len(found)} differ by up to {max(gaps):g}, such as {far[0]}"

@@ -29,7 +29,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parents[1] / "build" / "peers"
-SHARED = sysconfig.get_paths()["purelib"]
+SHARED = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def make(name: str) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     ask = [python_of(name), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]
     own = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
-    Path(own, "shared.pth").write_text(f"{SHARED}\n")
+    Path(own, "shared.pth").write_text("\n".join(SHARED) + "\n")
     install = [
         *(sys.executable, "-m", "pip", "--python", python_of(name), "install"),
         # Packages that are built as they are installed import torch.
@@ -206,7 +206,7 @@ class Asked:
 
 
 def compressed_tensors_from_awq(source: Path, target: Path) -> float | None:
-    """Return the seconds in which compressed-tensors' own converter makes `target` of an AWQ folder.
+    """Return the seconds in which compressed-tensors itself makes `target` of an AWQ folder.
 
     None where its environment is absent. For benchmarks: starting Python is not counted.
     """

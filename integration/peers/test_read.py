@@ -10,9 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from builders import Draft
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .cases import assert_same, label, pairs, reference
+from .peers import Asked
 
 pytestmark = pytest.mark.peer
 
@@ -35,26 +39,34 @@ GOLDENS = {
     "autoawq": (
         "awq-gemm-g128",
         "awq-gemm-g32-bias",
+        "awq-gemv-g64",
         "autoround-autoawq-sym-g64",
+    ),
+    "compressed-tensors": (
+        "ct-int3-sym-g128",
+        "ct-int4-asym-channel",
+        "ct-int4-asym-g64",
+        "ct-int4-sym-g128-kv-fp8",
+        "ct-int8-sym-channel",
     ),
 }
 """By tool, what it reads right."""
 WRITTEN = {
     ("gptqmodel", "gptq"): (
         "gptq-2b-asym-g32 --bits 8",
-        "gptq-3b-asym-g128",
         "gptq-3b-sym-g128-by-5.8.0 --bits 4",
-        "gptq-4b-asym-g64",
         "gptq-4b-sym-g64-actorder",
-        "gptq-8b-sym-g128",
-        "gptq-dynamic-mixed",
-        "gptq-moe-mixtral-4b-g64",
+        "gptq-dynamic-mixed --group-size 32",
+        "gptq-moe-mixtral-4b-g64 --group-size 32",
         "gptq_v2-4b-asym-g64 --bits 8",
         "autogptq-3b-sym-g64 --bits 4",
         "autogptq-4b-sym-ragged-g96 --group-size 32",
         "awq-gemm-g128 --bits 8",
         "awq-gemm-g32-bias --bits 8",
         "autoround-autoawq-sym-g64",
+        "ct-int3-sym-g128",
+        "ct-int4-sym-g128-kv-fp8",
+        "ct-int8-sym-channel",
     ),
     ("gptqmodel", "gptq_v2"): (
         "gptq-2b-asym-g32",
@@ -62,21 +74,43 @@ WRITTEN = {
         "gptq-4b-asym-g64",
         "gptq-4b-sym-g64-actorder",
         "autogptq-3b-sym-g64",
+        "autogptq-4b-asym-g128 --bits 8",
         "awq-gemm-g32-bias",
+        "ct-int3-asym-g128-fields",
+        "ct-int4-asym-g64",
+        "ct-int4-asym-g64-gidx",
     ),
     ("autoawq", "awq"): (
         "gptq-2b-asym-g32",
         "gptq-3b-sym-g128-by-5.8.0",
         "gptq-4b-asym-g64",
         "gptq-4b-sym-channel",
-        "gptq-4b-sym-g128",
         "gptq_v2-4b-asym-g64",
-        "autogptq-3b-sym-g64",
+        "autogptq-4b-sym-ragged-g96 --group-size 32",
         "awq-gemm-g32-bias",
         "autoround-autoawq-sym-g64",
+        "ct-int3-asym-g128-fields",
+        "ct-int4-asym-channel",
+        "ct-int4-sym-g128-kv-fp8",
+    ),
+    ("gptqmodel", "awq"): ("gptq-4b-asym-g64", "gptq-moe-mixtral-4b-g64", "ct-int4-asym-g64"),
+    ("compressed-tensors", "compressed-tensors"): (
+        "gptq-2b-asym-g32",
+        "gptq-3b-asym-g128",
+        "gptq-4b-asym-g64",
+        "gptq-4b-sym-channel",
+        "gptq-8b-sym-g128",
+        "gptq-dynamic-mixed",
+        "gptq-moe-mixtral-4b-g64",
+        "gptq_v2-4b-asym-g64",
+        "autogptq-3b-sym-g64",
+        "awq-gemm-g128",
+        "awq-gemm-g32-bias",
+        "ct-int3-asym-g128-fields",
+        "ct-int4-asym-channel",
     ),
 }
-"""By tool and format, what is converted, with options."""
+"""By tool and format, what is converted without loss, with options."""
 
 
 @pytest.mark.parametrize(("name", "source"), pairs(GOLDENS), ids=label)
@@ -97,3 +131,34 @@ def test_written(
     (name, to), (source, *options) = how, source.split()
     found = read(name, qplug(golden / source, to, *options))
     assert_same(found, reference(golden / source))
+
+
+@pytest.mark.parametrize(
+    "source", ["gptq-4b-asym-g64", "gptq-8b-sym-g128", "awq-gemm-g32-bias", "autogptq-3b-sym-g64"]
+)
+def test_loaded_by_transformers(
+    source: str, read: Callable[..., dict[str, Tensor]], qplug: Callable[..., Path], golden: Path
+) -> None:
+    """Transformers decompresses in the dtype of the scales: one rounding to float16."""
+    found = read("compressed-tensors", qplug(golden / source, "compressed-tensors"), "load")
+    expected = reference(golden / source)
+    assert_same(found, {name: weight.half().float() for name, weight in expected.items()})
+
+
+@pytest.mark.parametrize("source", ["awq-gemm-g128", "awq-gemm-g32-bias"])
+def test_compressed_tensors_converts_awq_to_the_same_bytes(
+    source: str,
+    tool: Callable[[str], Asked],
+    qplug: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = Draft.of(source).save(tmp_path / "awq")
+    tool("compressed-tensors")("from_awq", folder, tmp_path / "theirs")
+    theirs, ours = (
+        load_file(made / "model.safetensors")
+        for made in (tmp_path / "theirs", qplug(folder, "compressed-tensors"))
+    )
+    assert {n: (t.dtype, t.shape) for n, t in ours.items()} == {
+        n: (t.dtype, t.shape) for n, t in theirs.items()
+    }
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

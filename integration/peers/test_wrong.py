@@ -6,14 +6,16 @@ repaired: then its case goes to `test_read.py`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from builders import Draft
 from torch import Tensor
 
 from .cases import assert_same, different, label, pairs, reference
-from .peers import Unusable
+from .peers import Asked, Unusable
 
 pytestmark = pytest.mark.peer
 
@@ -31,6 +33,8 @@ MISREAD = {
         "gptq-4b-asym-g64",
         "gptq-2b-asym-g32",
     ),
+    # 3 bits as compressed-tensors < 0.18 packed them.
+    ("compressed-tensors", "read"): ("ct-int3-asym-g128-fields",),
 }
 """By tool and function: silently other weights."""
 REFUSED = {
@@ -38,6 +42,14 @@ REFUSED = {
     ("gptqmodel", "read", "is_marlin_format"): ("autogptq-3b-sym-g64", "autogptq-4b-asym-g128"),
     # `dynamic`: modules of other bits than the rest.
     ("gptqmodel", "dequantize_file", "must match the size"): ("gptq-dynamic-mixed",),
+    # compressed-tensors >= 0.19 has no code for act order.
+    ("compressed-tensors", "read", "does not match expected"): ("ct-int4-asym-g64-gidx",),
+    # Transformers 5.23 expects the zero points of asymmetric files unpacked unless told to
+    # dequantize.
+    ("compressed-tensors", "load_packed", "ignore_mismatched_sizes"): (
+        "ct-int4-asym-channel",
+        "ct-int4-asym-g64",
+    ),
 }
 """By tool, function and what the error says."""
 
@@ -60,4 +72,48 @@ def test_refused(
         read(name, golden / source, function)
     expected = reference(golden / source)
     ours = dense(golden / source)
+    assert_same({name: ours[name] for name in expected}, expected)
+
+
+def test_gptqmodel_refuses_asymmetric_v1_but_its_own(
+    read: Read, dense: Dense, qplug: Callable[..., Path], golden: Path
+) -> None:
+    """GPTQ v1, asymmetric, without its name in `meta`: gptq_v2 is the way out (`test_read.py`)."""
+    folder = qplug(golden / "autogptq-4b-asym-g128", "gptq", "--bits", "8")
+    with pytest.raises(Unusable, match="only supported if produced by gptqmodel"):
+        read("gptqmodel", folder)
+    ours, expected = dense(folder), reference(golden / "autogptq-4b-asym-g128")
+    assert_same({name: ours[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        # Two keys in AutoAWQ's own names are not read: 128 instead of 32 inputs a group.
+        ({"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "gemm"}, None),
+        ({"bits": 4, "group_size": 32, "zero_point": True, "version": "GEMM"}, "Unsupported"),
+    ],
+    ids=["aliases", "capitals"],
+)
+def test_compressed_tensors_takes_awq_configs_at_their_letter(
+    keys: dict[str, object],
+    why: str | None,
+    tool: Callable[[str], Asked],
+    dense: Dense,
+    golden: Path,
+    tmp_path: Path,
+) -> None:
+    draft = Draft.of("awq-gemm-g32-bias")
+    draft.block.clear()
+    draft.block.update(quant_method="awq", **keys)
+    folder, expected = draft.save(tmp_path / "awq"), reference(golden / "awq-gemm-g32-bias")
+    if why is None:
+        tool("compressed-tensors")("from_awq", folder, tmp_path / "ct")
+        config = json.loads((tmp_path / "ct" / "config.json").read_text())
+        (group,) = config["quantization_config"]["config_groups"].values()
+        assert group["weights"]["group_size"] == 128
+    else:
+        with pytest.raises(Unusable, match=why):
+            tool("compressed-tensors")("from_awq", folder, tmp_path / "ct")
+    ours = dense(folder)
     assert_same({name: ours[name] for name in expected}, expected)

@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def read(folder: str, out: str) -> None:
@@ -24,3 +24,12 @@ def read(folder: str, out: str) -> None:
             dequantize = torch.ops.bitsandbytes.int8_vectorwise_dequant
             found[name] = dequantize(module.weight.data, scb.float())
     save_file({f"{name}.weight": weight.contiguous() for name, weight in found.items()}, out)
+
+
+def quantize(folder: str, out: str) -> None:
+    """Quantize a dense folder to NF4 as users do."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map="cpu", quantization_config=config
+    )
+    model.save_pretrained(out)

@@ -12,15 +12,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 
+def _tensors(folder: str) -> dict[str, torch.Tensor]:
+    found = {}
+    for shard in sorted(Path(folder).glob("model*.safetensors")):
+        found |= load_file(shard)
+    return found
+
+
 def read(folder: str, out: str) -> None:
     """Dequantize a folder as `CompressedTensorsDequantizer` does, from its config, in float32.
 
     The tool computes in the dtype of the scales: they are widened first.
     """
     dequantizer = CompressedTensorsDequantizer(folder, dtype=torch.float32)
-    tensors = {}
-    for shard in sorted(Path(folder).glob("model*.safetensors")):
-        tensors |= load_file(shard)
+    tensors = _tensors(folder)
     for name in tensors:
         if name.endswith(".weight_scale"):
             tensors[name] = tensors[name].float()
@@ -31,19 +36,20 @@ def read(folder: str, out: str) -> None:
 
 
 def _save_loaded(folder: str, out: str, **options: object) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    modules = {n: m for n, m in model.named_modules() if hasattr(m, "quantization_scheme")}
-    weights = {f"{n}.weight": m.weight.data for n, m in modules.items() if hasattr(m, "weight")}
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, out)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    model(torch.tensor([[1]]))
+    packed = [name for name in _tensors(folder) if name.endswith(".weight_packed")]
+    weights = {name: model.get_parameter(name.removesuffix("_packed")).data for name in packed}
+    save_file({n.removesuffix("_packed"): w.contiguous() for n, w in weights.items()}, out)
 
 
 def load(folder: str, out: str) -> None:
-    """Load a folder with Transformers, decompressed as it loads, in the dtype of the scales."""
+    """Load a folder with Transformers in float32, decompressed as it loads."""
     _save_loaded(folder, out, quantization_config=CompressedTensorsConfig(dequantize=True))
 
 
 def load_packed(folder: str, out: str) -> None:
-    """Load a folder with Transformers as it does unasked."""
+    """Load a folder with Transformers in float32, as it does unasked: decompressed when used."""
     _save_loaded(folder, out)
 
 
