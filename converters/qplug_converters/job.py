@@ -14,6 +14,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import moves
@@ -68,11 +69,15 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One tensor that is carried along as it is; by `order`, a `g_idx`, if its rows are sorted."""
+    """One tensor that is carried along as it is.
+
+    Its rows are sorted by `order`, a `g_idx`, if there is one, and filled up with zeros to `rows`.
+    """
 
     name: str
     source: Location
     order: Location | None = None
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,10 @@ def tasks_of(plan: Plan, checkpoint: Checkpoint) -> list[tuple[Task, dict[str, T
         if name not in owner:
             order_of = plan.reordered.get(name)
             sorted_by = g_idx[order_of] if order_of is not None else None
-            tasks.append((Copy(name, location, sorted_by), {name: location.spec}))
+            rows, spec = plan.padded.get(name, 0), location.spec
+            if rows:
+                spec = TensorSpec(spec.dtype, (rows, *spec.shape[1:]))
+            tasks.append((Copy(name, location, sorted_by, rows), {name: spec}))
             continue
         step = owner[name]
         if step.module in begun:
@@ -227,9 +235,12 @@ def run(
     def work(task: Task) -> Done:
         if not isinstance(task, Copy):
             return _convert(task, maps, shard, rows)
-        if task.order is not None:
-            order = moves.column_order(maps.tensor(task.order))
-            shard.put(task.name, maps.tensor(task.source).index_select(0, order))
+        if task.order is not None or task.rows:
+            tensor = maps.tensor(task.source)
+            if task.order is not None:
+                tensor = tensor.index_select(0, moves.column_order(maps.tensor(task.order)))
+            more = tensor.new_zeros(max(0, task.rows - len(tensor)), *tensor.shape[1:])
+            shard.put(task.name, torch.cat([tensor, more]))
         else:
             shard.copy(task.name, task.source)
         return Done(task.source.spec.nbytes)
@@ -327,7 +338,7 @@ def _convert(linear: Linear, maps: Maps, shard: ShardFile, rows: Rows | None) ->
     whole = len(blocks) == 1
     views = {} if whole else {n: shard.view(f"{step.module}.{n}") for n in specs}
     order = None if linear.order is None else moves.column_order(maps.tensor(linear.order))
-    untouched = not step.moves and not step.refits and order is None
+    untouched = not (step.moves or step.refits or step.padding) and order is None
     cost = Cost()
     try:
         if untouched and has_codes(source) and has_codes(target):
@@ -343,6 +354,9 @@ def _convert(linear: Linear, maps: Maps, shard: ShardFile, rows: Rows | None) ->
                 cost += more
             else:
                 weight = moves.apply(step.moves, weight)
+            if step.padding and stop == step.source.out_features:
+                weight = moves.pad_rows(weight, step.padding)
+                stop = step.target.out_features
             if whole:
                 for name, tensor in encode(target, weight).items():
                     shard.put(f"{step.module}.{name}", tensor)

@@ -100,6 +100,35 @@ def sort_columns(weight: QuantizedWeight, by: str) -> QuantizedWeight:
     return replace(weight, codes=codes, grid=AffineGrid(grid.scales, grid.zeros, grid.group_size))
 
 
+def pad_columns(weight: QuantizedWeight, in_features: int) -> QuantizedWeight:
+    """Add inputs whose weights are 0, so that there are `in_features` [X9].
+
+    A short last group is filled up; new groups have the midpoint as zero and a scale of 1.
+    """
+    grid, inp, mid = weight.affine, weight.in_features, 1 << (weight.bits - 1)
+    _require(grid.g_idx is None and in_features >= inp, f"{inp} inputs in {in_features}")
+    groups = -(-in_features // grid.group_size) - grid.scales.shape[1]
+    pad = torch.nn.functional.pad
+    zeros = pad(grid.zeros, (0, groups), value=mid)
+    grid = AffineGrid(pad(grid.scales, (0, groups), value=1.0), zeros, grid.group_size)
+    codes = grid.spread(zeros, in_features)
+    _require(int(codes[:, inp:].max()) < 1 << weight.bits, f"zeros of {1 << weight.bits} as codes")
+    codes = torch.cat([weight.codes, codes[:, inp:].to(torch.uint8)], 1)
+    return QuantizedWeight(codes, weight.bits, grid)
+
+
+def pad_rows(weight: QuantizedWeight, rows: int) -> QuantizedWeight:
+    """Add `rows` outputs whose weights are 0 [X9]."""
+    grid, mid = weight.affine, 1 << (weight.bits - 1)
+    pad = torch.nn.functional.pad
+    scales = pad(grid.scales, (0, 0, 0, rows), value=1.0)
+    zeros = pad(grid.zeros, (0, 0, 0, rows), value=mid)
+    codes = pad(weight.codes, (0, 0, 0, rows), value=mid)
+    return QuantizedWeight(
+        codes, weight.bits, AffineGrid(scales, zeros, grid.group_size, grid.g_idx)
+    )
+
+
 def column_order(g_idx: torch.Tensor) -> torch.Tensor:
     """Return int64 `[in_features]`: which column comes n-th when sorted by group, stably."""
     return torch.argsort(g_idx.long(), stable=True)
@@ -166,6 +195,7 @@ MOVES: dict[str, Callable[..., QuantizedWeight]] = {
     "split_groups": split_groups,
     "cast_scales": cast_scales,
     "sort_columns": sort_columns,
+    "pad_columns": pad_columns,
     "to_offsets": to_offsets,
     "to_zeros": to_zeros,
     "to_channel": to_channel,

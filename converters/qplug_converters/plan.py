@@ -7,22 +7,30 @@ linear come out (`route` finds those of one linear). Nothing here imports torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import gcd
+from math import gcd, lcm
 from typing import Any
 
 from .block import stated_group_size
 from .errors import QplugError, Refused
 from .format import Format, Headers
-from .route import Look, Step, Wishes, find_route
+from .route import Look, divides, find_route
 from .scheme import ModelScheme
-from .verdict import Move, Verdict
+from .verdict import ALONE, Move, Place, Step, Verdict, Wishes
 
 __all__ = ["Move", "Plan", "Step", "Verdict", "Wishes", "make_plan"]
 
 _PRODUCERS = {"down_proj": ("gate_proj", "up_proj"), "w2": ("w1", "w3")}
 """Of a gated MLP: the last linear, and the linears that make its inputs, by the names in use."""
+WIDTHS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+)
+"""Keys of config.json that say how wide an MLP is inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,8 @@ class Plan:
     linear's `g_idx` (biases and dense weights of absorbed act order [X5b]), by that linear.
     `stated`, of a plan that copies everything, are keys that the config is to state otherwise
     (`None`: to leave out), in config.json.
+    `widened` are MLPs' inner widths that zeros are added to [X9], by the width before, and
+    `padded` biases of such MLPs, by their new length.
     """
 
     source: Format
@@ -42,6 +52,8 @@ class Plan:
     wishes: Wishes
     reordered: Mapping[str, str] = field(default_factory=dict)
     stated: Mapping[str, Any] | None = None
+    widened: Mapping[int, int] = field(default_factory=dict)
+    padded: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -138,22 +150,25 @@ def make_plan(
     if _copied(source, target, wishes, model):
         steps = tuple(Step(m, Verdict.COPIED, s, s) for m, s in model.linears.items())
         return Plan(source, target, model, steps, wishes)
+    families = _families(model, headers or {})
     absorbed: dict[str, tuple[str, ...]] = {}
-    if holds is not None and (not holds.act_order or wishes.tp > 1) and headers is not None:
-        absorbed = _absorbed(model, headers)
-    rows_from = {name: down for down, names in absorbed.items() for name in names}
+    if holds is not None and (not holds.act_order or wishes.tp > 1):
+        absorbed = {
+            last: names
+            for last, names in families.items()
+            if model.linears[last].act_order and model.linears[last].sortable
+        }
+    widened = _widened(model, families, target, wishes)
+    places = {last: Place(absorbed=True) for last in absorbed}
+    for last, names in families.items():
+        width = widened.get(model.linears[last].in_features, 0)
+        places[last] = Place(absorbed=last in absorbed, in_features=width)
+        for name in names:
+            places[name] = Place(rows_from=last if last in absorbed else "", out_features=width)
 
     def steps_for(asked: Wishes) -> tuple[Step, ...]:
         return tuple(
-            find_route(
-                module,
-                scheme,
-                target,
-                asked,
-                look,
-                absorbed=module in absorbed,
-                rows_from=rows_from.get(module, ""),
-            )
+            find_route(module, scheme, target, asked, look, places.get(module, ALONE))
             for module, scheme in model.linears.items()
         )
 
@@ -174,25 +189,63 @@ def make_plan(
         for tensor in (f"{name}.weight", f"{name}.bias")
         if headers is not None and tensor in headers
     }
-    return Plan(source, target, model, steps, wishes, reordered)
+    padded = {
+        f"{name}.bias": place.out_features
+        for name, place in places.items()
+        if place.out_features and headers is not None and f"{name}.bias" in headers
+    }
+    return Plan(
+        source,
+        target,
+        model,
+        steps,
+        wishes,
+        reordered=reordered,
+        widened=widened,
+        padded=padded,
+    )
 
 
-def _absorbed(model: ModelScheme, headers: Headers) -> dict[str, tuple[str, ...]]:
-    """Return the linears whose act order the linears before them can take over [X5b].
+def _families(model: ModelScheme, headers: Headers) -> dict[str, tuple[str, ...]]:
+    """Return the gated MLPs by their last linear: the linears that make its inputs.
 
-    The last linear of a gated MLP: what it multiplies is made by linears whose output rows may come
-    in any order, and passes only through elementwise maps. Another tensor in the same MLP (a norm
-    between the two) may depend on the order: then nothing is absorbed.
+    What the last one multiplies comes from linears whose output rows may stand in any order, and
+    passes only through elementwise maps. Another tensor in the same MLP (a norm between the two)
+    may depend on the order: such an MLP is left out.
     """
     found = {}
-    for module, scheme in model.linears.items():
+    for module in model.linears:
         parent, dot, last = module.rpartition(".")
-        if not (scheme.act_order and scheme.sortable and last in _PRODUCERS):
+        if last not in _PRODUCERS:
             continue
         family = tuple(f"{parent}{dot}{name}" for name in (*_PRODUCERS[last], last))
         known = all(name in model.linears or name in model.dense for name in family)
         mine = [name for name in headers if name.startswith(f"{parent}{dot}")]
         alone = all(name.startswith(tuple(f"{member}." for member in family)) for name in mine)
-        if known and alone:
+        if mine and known and alone:
             found[module] = family[:-1]
     return found
+
+
+def _widened(
+    model: ModelScheme, families: Iterable[str], target: Format, wishes: Wishes
+) -> dict[int, int]:
+    """Return the widths of MLPs that do not split between the ranks, with widths that do.
+
+    All linears of such MLPs must be quantized, or zeros could not be added to all alike.
+    """
+    found: dict[int, int] = {}
+    holds, tp = target.capacity, wishes.tp
+    if holds is None or tp == 1:
+        return found
+    for last in families:
+        scheme = model.linears[last]
+        bits = wishes.bits or min((b for b in holds.bits if b >= scheme.bits), default=scheme.bits)
+        size = wishes.group_size or scheme.group_size
+        words = lcm(holds.in_multiple(bits), holds.out_multiple(bits))
+        if size < 1 or divides(scheme.in_features, size, tp, words):
+            continue
+        step = tp * lcm(words, min(size, scheme.in_features))
+        found[scheme.in_features] = -(-scheme.in_features // step) * step
+    members = {name for last in _PRODUCERS for name in (last, *_PRODUCERS[last])}
+    return {} if any(m.rpartition(".")[2] in members for m in model.dense) else found

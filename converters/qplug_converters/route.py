@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
 from .format import Capacity, Format
 from .formats import dense
 from .scheme import Kind, ScaleFacts, Scheme, ZeroFacts
-from .verdict import Move, Verdict
+from .verdict import ALONE, Move, Place, Step, Verdict, Wishes
 
 Look = Callable[[str, int, int], bool]
 """`(module, lowest, highest) -> bool`: whether shifting codes brings every zero between both."""
@@ -28,61 +28,15 @@ DEFAULT_GROUP = 128
 """Inputs per group where a requantized linear had no groups of its own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """What the user asked of the target beyond its format.
-
-    `bits` and `group_size` of every linear, `sym` for symmetric zeros, `dtype` of dense weights,
-    `tp` ranks between which row-parallel linears must split.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-    sym: bool = False
-    dtype: str = "float32"
-    tp: int = 1
-
-    @property
-    def none(self) -> bool:
-        """Whether nothing was asked that changes codes or grids."""
-        return (self.bits, self.group_size, self.sym, self.tp) == (None, None, False, 1)
+SMALLEST_GROUP = 16
+"""The smallest groups that a split between ranks may leave: below, scales outweigh the codes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What happens to one linear.
-
-    `rows_from` names the linear whose `g_idx` gives the order of this one's output rows, where
-    that one's act order is absorbed [X5b].
-    """
-
-    module: str
-    verdict: Verdict
-    source: Scheme
-    target: Scheme
-    moves: tuple[Move, ...] = ()
-    reason: str = ""
-    fix: str = ""
-    rows_from: str = ""
-
-    @property
-    def refits(self) -> bool:
-        """Whether codes and grid are chosen anew."""
-        return self.verdict is Verdict.REQUANTIZED
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what `--json` prints and the certificate holds."""
-        found: dict[str, Any] = {
-            "verdict": self.verdict.name,
-            "from": self.source.describe(),
-            "to": self.target.describe(),
-            "zero_rule": self.source.zero_rule,
-            "moves": [str(move) for move in self.moves],
-            "reason": self.reason,
-        }
-        if self.rows_from:
-            found["rows_from"] = self.rows_from
-        return found
+def divides(features: int, group_size: int, ranks: int, words: int) -> bool:
+    """Whether each rank gets whole words of features, and groups that are not tiny."""
+    each, rest = divmod(features, ranks)
+    small = min(group_size, SMALLEST_GROUP)
+    return rest == 0 and each % words == 0 and gcd(group_size, each) >= small
 
 
 class Blocked(Exception):
@@ -111,7 +65,7 @@ class Route:
         self.moves.append(Move(name, argument))
         self.goal = replace(self.goal, **changes)
 
-    def take(self, *, absorbed: bool) -> Scheme:
+    def take(self, place: Place) -> Scheme:
         """Take every move there is to take, and return where it ends.
 
         Raises
@@ -135,10 +89,14 @@ class Route:
             return self.target.adopt(self.goal)
         if self.goal.kind is Kind.OFFSET:
             return self.target.adopt(self.goal)
-        if absorbed:
+        if place.absorbed:
             self.move("sort_columns", "g_idx", act_order=False, has_g_idx=False)
         self._bits()
         self._order()
+        if place.in_features:
+            self.move("pad_columns", place.in_features, in_features=place.in_features)
+        if place.out_features:
+            self.goal = replace(self.goal, out_features=place.out_features)
         self._groups()
         self._zeros()
         self._scales()
@@ -285,20 +243,19 @@ class Route:
         tp, inp = self.wishes.tp, self.goal.in_features
         if tp == 1 or not ROW_PARALLEL.search(self.module):
             return size
-        words = self.holds.in_multiple(self.goal.bits)
-        if inp % (tp * words):
-            raise Blocked(
-                Verdict.IMPOSSIBLE,
-                f"{inp} inputs are no multiple of {tp} ranks of {words}",
-                "a --tp that divides them",
-            )
         if self.goal.act_order:
             raise Blocked(
                 Verdict.IMPOSSIBLE,
                 f"columns in act order do not split between {tp} ranks",
                 "leave out --tp",
             )
-        return inp if size >= inp and tp == 1 else gcd(size, inp // tp)
+        if not divides(inp, size, tp, self.holds.in_multiple(self.goal.bits)):
+            raise Blocked(
+                Verdict.IMPOSSIBLE,
+                f"{inp} inputs do not split between {tp} ranks",
+                "a --tp that divides them",
+            )
+        return gcd(size, inp // tp)
 
     def _zeros(self) -> None:
         """Bring zeros into what every reader of the target agrees on."""
@@ -387,15 +344,9 @@ def find_route(
     target: Format,
     wishes: Wishes,
     look: Look | None = None,
-    *,
-    absorbed: bool = False,
-    rows_from: str = "",
+    place: Place = ALONE,
 ) -> Step:
-    """Find the cheapest sequence of exact moves to what the target can hold.
-
-    `absorbed`: the act order of this linear is absorbed by the linears before it; `rows_from`:
-    this is one of those.
-    """
+    """Find the cheapest sequence of exact moves to what the target can hold."""
     if target.capacity is None:
         goal = replace(target.adopt(scheme), scale_dtype=dense.DTYPES[wishes.dtype])
         if wishes.dtype == "float32":
@@ -405,10 +356,13 @@ def find_route(
         return Step(module, Verdict.ROUNDED, scheme, goal, reason=reason)
     route = Route(module, scheme, target, wishes, look)
     try:
-        goal = route.take(absorbed=absorbed)
+        goal = route.take(place)
     except Blocked as blocked:
         if blocked.verdict is Verdict.REQUANTIZED:
             goal, moves = refitted(scheme, target, wishes)
+            if place.in_features or place.out_features:
+                blocked.reason = f"{blocked.reason}; new codes are not padded between ranks"
+                goal = scheme
             if (unfit := target.cannot(goal)) is None:
                 return Step(
                     module,
@@ -418,7 +372,7 @@ def find_route(
                     moves,
                     blocked.reason,
                     blocked.fix,
-                    rows_from,
+                    place.rows_from,
                 )
             blocked.reason = f"{blocked.reason}; {unfit}"
         return Step(
@@ -429,7 +383,7 @@ def find_route(
     verdict = Verdict.ROUNDED if route.roundings else Verdict.EXACT
     reason = "; ".join(route.roundings) or ", ".join(map(str, route.moves)) or "repacked"
     moves = tuple(route.moves)
-    return Step(module, verdict, scheme, goal, moves, reason, rows_from=rows_from)
+    return Step(module, verdict, scheme, goal, moves, reason, rows_from=place.rows_from)
 
 
 def refitted(scheme: Scheme, target: Format, wishes: Wishes) -> tuple[Scheme, tuple[Move, ...]]:
