@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from .checkpoint import CERTIFICATE, Checkpoint
 from .errors import QplugError
+from .families import widened
 from .job import Advance, Rows, ShardJob, ShardResult, cut_shards, run, run_alone, tasks_of
 from .journal import Journal, Made, key_of
-from .plan import WIDTHS, Plan
+from .plan import Plan
 from .threads import workers
 from .version import __version__
 from .writer import MAX_SHARD, Writer
@@ -45,7 +46,7 @@ def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any]
     sides = {n: checkpoint.read_json(n) for n in checkpoint.side_configs}
     if plan.copied_whole and plan.stated is None:
         return config, sides
-    config = _widened(config, plan.widened)
+    config = widened(config, plan.widened)
     text = config.get("text_config")
     if isinstance(text, Mapping) and "quantization_config" in text:
         config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
@@ -67,34 +68,6 @@ def converted_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any]
 def _stating(block: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config block with keys stated otherwise (`None`: left out)."""
     return {k: v for k, v in {**block, **keys}.items() if k not in keys or v is not None}
-
-
-def _widened(config: Mapping[str, Any], widths: Mapping[int, int]) -> dict[str, Any]:
-    """Return a config whose MLPs have the widths they were padded to.
-
-    Raises
-    ------
-    QplugError
-        If no key of the config says a width that was changed.
-    """
-    found = dict(config)
-    for before, after in widths.items():
-        places = [found]
-        text = found.get("text_config")
-        if isinstance(text, dict):
-            found["text_config"] = text = dict(text)
-            places.append(text)
-        hits = [(place, key) for place in places for key in WIDTHS if place.get(key) == before]
-        if not hits:
-            raise QplugError(
-                f"no key says {before}",
-                "config.json",
-                f"one of {', '.join(WIDTHS)}, to be changed to {after}",
-                "leave out --tp",
-            )
-        for place, key in hits:
-            place[key] = after
-    return found
 
 
 def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -280,11 +280,17 @@ def blocks_of(scheme: Scheme, *layouts: Layout, most: int = BLOCK) -> list[tuple
 
 
 def read_rows(
-    checkpoint: Checkpoint, layout: Layout, scheme: Scheme, module: str, start: int, stop: int
+    checkpoint: Checkpoint,
+    layout: Layout,
+    scheme: Scheme,
+    module: str,
+    start: int,
+    stop: int,
+    order: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Decode output rows `start` to `stop` of a linear."""
+    """Decode output rows `start` to `stop` of a linear, or those that stand there in `order`."""
     stored = {part.name: checkpoint.tensor(f"{module}.{part.name}") for part in layout}
-    return decode_rows(stored, layout, scheme, module, start, stop)
+    return decode_rows(stored, layout, scheme, module, start, stop, order)
 
 
 def decode_rows(

@@ -14,23 +14,13 @@ from typing import Any
 
 from .block import stated_group_size
 from .errors import QplugError, Refused
+from .families import MEMBERS, families
 from .format import Format, Headers
 from .route import Look, divides, find_route
 from .scheme import ModelScheme
 from .verdict import ALONE, Move, Place, Step, Verdict, Wishes
 
 __all__ = ["Move", "Plan", "Step", "Verdict", "Wishes", "make_plan"]
-
-_PRODUCERS = {"down_proj": ("gate_proj", "up_proj"), "w2": ("w1", "w3")}
-"""Of a gated MLP: the last linear, and the linears that make its inputs, by the names in use."""
-WIDTHS = (
-    "intermediate_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "ffn_dim",
-    "ffn_hidden_size",
-)
-"""Keys of config.json that say how wide an MLP is inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,17 +140,18 @@ def make_plan(
     if _copied(source, target, wishes, model):
         steps = tuple(Step(m, Verdict.COPIED, s, s) for m, s in model.linears.items())
         return Plan(source, target, model, steps, wishes)
-    families = _families(model, headers or {})
+    groups = families((*model.linears, *model.dense), headers or {})
+    mlps = {last: names for last, names in groups.items() if last in model.linears}
     absorbed: dict[str, tuple[str, ...]] = {}
     if holds is not None and (not holds.act_order or wishes.tp > 1):
         absorbed = {
             last: names
-            for last, names in families.items()
+            for last, names in mlps.items()
             if model.linears[last].act_order and model.linears[last].sortable
         }
-    widened = _widened(model, families, target, wishes)
+    widened = _widened(model, mlps, target, wishes)
     places = {last: Place(absorbed=True) for last in absorbed}
-    for last, names in families.items():
+    for last, names in mlps.items():
         width = widened.get(model.linears[last].in_features, 0)
         places[last] = Place(absorbed=last in absorbed, in_features=width)
         for name in names:
@@ -206,29 +197,8 @@ def make_plan(
     )
 
 
-def _families(model: ModelScheme, headers: Headers) -> dict[str, tuple[str, ...]]:
-    """Return the gated MLPs by their last linear: the linears that make its inputs.
-
-    What the last one multiplies comes from linears whose output rows may stand in any order, and
-    passes only through elementwise maps. Another tensor in the same MLP (a norm between the two)
-    may depend on the order: such an MLP is left out.
-    """
-    found = {}
-    for module in model.linears:
-        parent, dot, last = module.rpartition(".")
-        if last not in _PRODUCERS:
-            continue
-        family = tuple(f"{parent}{dot}{name}" for name in (*_PRODUCERS[last], last))
-        known = all(name in model.linears or name in model.dense for name in family)
-        mine = [name for name in headers if name.startswith(f"{parent}{dot}")]
-        alone = all(name.startswith(tuple(f"{member}." for member in family)) for name in mine)
-        if mine and known and alone:
-            found[module] = family[:-1]
-    return found
-
-
 def _widened(
-    model: ModelScheme, families: Iterable[str], target: Format, wishes: Wishes
+    model: ModelScheme, mlps: Iterable[str], target: Format, wishes: Wishes
 ) -> dict[int, int]:
     """Return the widths of MLPs that do not split between the ranks, with widths that do.
 
@@ -238,7 +208,7 @@ def _widened(
     holds, tp = target.capacity, wishes.tp
     if holds is None or tp == 1:
         return found
-    for last in families:
+    for last in mlps:
         scheme = model.linears[last]
         bits = wishes.bits or min((b for b in holds.bits if b >= scheme.bits), default=scheme.bits)
         size = wishes.group_size or scheme.group_size
@@ -247,5 +217,4 @@ def _widened(
             continue
         step = tp * lcm(words, min(size, scheme.in_features))
         found[scheme.in_features] = -(-scheme.in_features // step) * step
-    members = {name for last in _PRODUCERS for name in (last, *_PRODUCERS[last])}
-    return {} if any(m.rpartition(".")[2] in members for m in model.dense) else found
+    return {} if any(m.rpartition(".")[2] in MEMBERS for m in model.dense) else found

@@ -8,8 +8,8 @@ config. Layouts may differ; either side may be dense.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,15 +17,17 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .codec import TORCH_DTYPES
+from .compare import SAME, Rows, columns, compare, dense
 from .errors import QplugError
+from .families import families, widened
 from .format import Format
 from .job import blocks_of, read_rows, stored_names
-from .layout import Layout
-from .plan import Verdict
+from .layout import Holds, Layout
+from .moves import column_order
 from .scheme import ModelScheme, Scheme
 from .survey import survey
 from .threads import workers
-from .weight import AffineGrid, QuantizedWeight
+from .verdict import Verdict
 
 Progress = Callable[[int, int, str], None]
 BLOCK = 1 << 22
@@ -83,12 +85,19 @@ class Certificate:
 
 @dataclass(slots=True)
 class Side:
-    """One of the two checkpoints, with what it says of its linears."""
+    """One of the two checkpoints, with what it says of its linears.
+
+    `orders` and `columns` are orders in which output rows and inputs of linears are to be taken,
+    and `padded` linears with features of zeros that the other side lacks.
+    """
 
     checkpoint: Checkpoint
     format: Format | None
     model: ModelScheme | None
     layouts: dict[str, Layout] = field(default_factory=dict)
+    orders: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    padded: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Side:
@@ -103,6 +112,35 @@ class Side:
     def scheme(self, module: str) -> Scheme | None:
         """Return the scheme of a module if it is quantized here."""
         return self.model.linears.get(module) if self.model is not None else None
+
+    def shape(self, module: str) -> tuple[int, int] | None:
+        """Return [out, in] of a linear, if it is here."""
+        scheme = self.scheme(module)
+        if scheme is not None:
+            return scheme.out_features, scheme.in_features
+        spec = self.checkpoint.headers.get(f"{module}.weight")
+        return None if spec is None or len(spec.shape) != 2 else (spec.shape[0], spec.shape[1])
+
+    def rows(self, module: str, start: int, stop: int) -> Rows:
+        """Return output rows of a linear, dense or quantized, in the order that is to be taken."""
+        scheme, order = self.scheme(module), self.orders.get(module)
+        if scheme is not None:
+            found: Rows = read_rows(
+                self.checkpoint, self.layouts[module], scheme, module, start, stop, order
+            )
+        else:
+            whole = self.checkpoint.tensor(f"{module}.weight")
+            if not whole.is_floating_point() or whole.dtype not in TORCH_DTYPES.values():
+                raise QplugError(str(whole.dtype), f"{module}.weight", "a floating-point weight")
+            found = whole[start:stop] if order is None else whole[order[start:stop]]
+        by = self.columns.get(module)
+        return found if by is None else columns(found, by)
+
+    def other(self, name: str) -> Tensor:
+        """Return a tensor of no quantized linear, its rows in the order that is to be taken."""
+        order = self.orders.get(name.rpartition(".")[0])
+        tensor = self.checkpoint.tensor(name)
+        return tensor if order is None else tensor.index_select(0, order)
 
     def rest(self, modules: set[str]) -> dict[str, str]:
         """Return the tensors that belong to none of the linears compared."""
@@ -123,6 +161,7 @@ def verify(
     """
     a, b = Side.of(first), Side.of(second)
     modules = list(dict.fromkeys([*a.layouts, *b.layouts]))
+    widths = _correspond(a, b)
     problems: list[str] = []
     reports: list[LinearReport] = []
     weights = done = 0
@@ -143,22 +182,47 @@ def verify(
     problems += [f"{name}: only in the second" for name in two if name not in one]
     equal = 0
     for name in one:
-        if name in two:
-            if first.headers[name] != second.headers[name]:
-                problems.append(f"{name}: {first.headers[name]} and {second.headers[name]}")
-            elif first.raw(name) != second.raw(name):
-                problems.append(f"{name}: the bytes differ")
-            else:
-                equal += 1
-    problems += _configs(a, b)
+        if name not in two:
+            continue
+        if problem := _bytes_differ(a, b, name):
+            problems.append(f"{name}: {problem}")
+        else:
+            equal += 1
+    problems += _configs(a, b, widths)
     known = a.model.notes if a.model is not None else ()
     new = [n for n in (b.model.notes if b.model is not None else ()) if n not in known]
     # What the first already contradicts itself about is its own affair; what only the second
     # does, somebody changed.
     problems += [f"config of the second: {note}" for note in new]
-    notes = list(known)
+    notes = [*known, *_said(a, b, widths)]
     worst = max((r.verdict for r in reports), default=Verdict.EXACT)
     return Certificate(worst, tuple(reports), weights, equal, tuple(problems), tuple(notes))
+
+
+def _bytes_differ(a: Side, b: Side, name: str) -> str:
+    """Say how a tensor of no quantized linear differs, if it does."""
+    one, two = a.checkpoint.headers[name], b.checkpoint.headers[name]
+    module = name.rpartition(".")[0]
+    longer = module in b.padded and one.shape[1:] == two.shape[1:] and one.shape < two.shape
+    if one.dtype != two.dtype or (one.shape != two.shape and not longer):
+        return f"{one} and {two}"
+    if module in a.orders or module in b.orders or longer:
+        left, right = a.other(name), b.other(name)
+        same = torch.equal(left.view(torch.uint8), right[: len(left)].view(torch.uint8))
+        same = same and not bool(right[len(left) :].any())
+    else:
+        same = a.checkpoint.raw(name) == b.checkpoint.raw(name)
+    return "" if same else "the bytes differ"
+
+
+def _said(a: Side, b: Side, widths: Mapping[int, int]) -> list[str]:
+    """Return what was found out of features that correspond, one sentence each."""
+    taken = len(a.columns) + len(b.columns)
+    notes = [f"act order of {taken} MLPs is taken over by the linears before"] if taken else []
+    return notes + [
+        f"MLPs of {before} inner features are {after} wide in the second, the rest being zeros"
+        for before, after in widths.items()
+    ]
 
 
 def _numel(a: Side, b: Side, module: str) -> int:
@@ -167,14 +231,14 @@ def _numel(a: Side, b: Side, module: str) -> int:
     return scheme.numel
 
 
-def _configs(a: Side, b: Side) -> list[str]:
+def _configs(a: Side, b: Side, widths: Mapping[int, int]) -> list[str]:
     """Compare config.json outside the quantization block, and the dtype where neither is dense."""
     ignored = {"quantization_config", "compression_config", "transformers_version", "_name_or_path"}
     if a.format is None or b.format is None:
         ignored |= {"dtype", "torch_dtype"}
     one, two = (
-        {k: _plain(v) for k, v in side.checkpoint.config.items() if k not in ignored}
-        for side in (a, b)
+        {k: _plain(v) for k, v in config.items() if k not in ignored}
+        for config in (widened(a.checkpoint.config, widths), b.checkpoint.config)
     )
     found = [
         f"config.json {key}: {json.dumps(one.get(key))} and {json.dumps(two.get(key))}"
@@ -205,86 +269,59 @@ def _plain(value: Any) -> Any:
 
 def _compare(a: Side, b: Side, module: str) -> LinearReport | str:
     """Compare one linear, whatever the layouts; return why it cannot be, as a string."""
-    shapes = []
-    for side in (a, b):
-        scheme = side.scheme(module)
-        spec = side.checkpoint.headers.get(f"{module}.weight")
-        if scheme is not None:
-            shapes.append((scheme.out_features, scheme.in_features))
-        elif spec is not None and len(spec.shape) == 2:
-            shapes.append((spec.shape[0], spec.shape[1]))
-        else:
+    shapes = [side.shape(module) for side in (a, b)]
+    for side, shape in zip((a, b), shapes, strict=True):
+        if shape is None:
             return f"no weight in {side.checkpoint.folder.name}"
-    if shapes[0] != shapes[1]:
+    (out, inp), (rows, columns_of) = shapes  # type: ignore[misc]
+    if (out, inp) != (rows, columns_of) and module not in b.padded:
         return f"[out, in] is {shapes[0]} and {shapes[1]}"
     scheme = a.scheme(module) or b.scheme(module)
     assert scheme is not None
     layouts = [side.layouts[module] for side in (a, b) if module in side.layouts]
-    differing, largest, summed = 0, 0.0, 0.0
-    rounded = True
-    for start, stop in blocks_of(scheme, *layouts, most=BLOCK):
-        one, two = _rows(a, module, start, stop), _rows(b, module, start, stop)
-        if _affine(one) and _affine(two):
-            assert isinstance(one, QuantizedWeight)
-            assert isinstance(two, QuantizedWeight)
-            unequal = _grids_differ(one, two)
-            if unequal is None:
-                continue
-            rounded = rounded and _scales_rounded(one, two)
-            difference = (one.dequantize() - two.dequantize()).abs()
-        else:
-            left, right = _dense(one), _dense(two)
-            difference = (left.float() - right.float()).abs()
-            unequal = difference != 0
-            narrow = min(left.dtype, right.dtype, key=lambda d: d.itemsize)
-            rounded = rounded and torch.equal(left.to(narrow), right.to(narrow))
-        differing += int(unequal.sum())
-        largest = max(largest, float(difference.max()))
-        summed += float(difference.double().sum())
-    if differing == 0:
+    found = SAME
+    for start, stop in blocks_of(replace(scheme, out_features=out), *layouts, most=BLOCK):
+        one, two = a.rows(module, start, stop), b.rows(module, start, stop)
+        if columns_of > inp:
+            if bool(dense(two)[:, inp:].any()):
+                return f"inputs from {inp} on are not 0 in {b.checkpoint.folder.name}"
+            two = columns(two, torch.arange(inp))
+        found += compare(one, two)
+    if rows > out and bool(dense(b.rows(module, out, rows)).any()):
+        return f"outputs from {out} on are not 0 in {b.checkpoint.folder.name}"
+    if found.differing == 0:
         return LinearReport(module, Verdict.EXACT)
-    verdict = Verdict.ROUNDED if rounded else Verdict.REQUANTIZED
-    return LinearReport(module, verdict, differing, largest, summed / scheme.numel)
+    verdict = Verdict.ROUNDED if found.rounded else Verdict.REQUANTIZED
+    mean = found.summed / scheme.numel
+    return LinearReport(module, verdict, found.differing, found.largest, mean)
 
 
-def _rows(side: Side, module: str, start: int, stop: int) -> QuantizedWeight | Tensor:
-    scheme = side.scheme(module)
-    if scheme is not None:
-        return read_rows(side.checkpoint, side.layouts[module], scheme, module, start, stop)
-    tensor = side.checkpoint.tensor(f"{module}.weight")[start:stop]
-    if not tensor.is_floating_point() or tensor.dtype not in TORCH_DTYPES.values():
-        raise QplugError(str(tensor.dtype), f"{module}.weight", "a floating-point weight")
-    return tensor
+def _correspond(a: Side, b: Side) -> dict[int, int]:
+    """Find out which features of which MLPs stand in another order, or are padded with zeros.
 
-
-def _affine(weight: QuantizedWeight | Tensor) -> bool:
-    return isinstance(weight, QuantizedWeight) and isinstance(weight.grid, AffineGrid)
-
-
-def _dense(weight: QuantizedWeight | Tensor) -> Tensor:
-    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
-
-
-def _scales_rounded(one: QuantizedWeight, two: QuantizedWeight) -> bool:
-    """Whether only scales differ, and one side's are the other's, rounded to its dtype."""
-    if not torch.equal(one.integers(), two.integers()):
-        return False
-    inp = one.in_features
-    a, b = (w.affine.spread(w.affine.scales, inp) for w in (one, two))
-    return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
-
-
-def _grids_differ(one: QuantizedWeight, two: QuantizedWeight) -> Tensor | None:
-    """Return where `code - zero` or the bits of the scale differ, bool `[out, in]`, or `None`."""
-    bits = [w.affine.scales.float().view(torch.int32) for w in (one, two)]
-    if (one.affine.g_idx, two.affine.g_idx) == (None, None) and bits[0].shape == bits[1].shape:
-        alike = one.affine.group_size == two.affine.group_size and torch.equal(*bits)
-        if alike and torch.equal(one.affine.zeros, two.affine.zeros):
-            if torch.equal(one.codes, two.codes):
-                return None
-        elif alike and torch.equal(one.integers(), two.integers()):
-            return None
-    inp = one.in_features
-    scales = [w.affine.spread(b, inp) for w, b in zip((one, two), bits, strict=True)]
-    unequal = (one.integers() != two.integers()) | (scales[0] != scales[1])
-    return unequal if bool(unequal.any()) else None
+    An act order that one side has and the other does not may have been taken over by the linears
+    before; then the first rows of the last linear say so. Returns the widths that grew.
+    """
+    widths: dict[int, int] = {}
+    modules = [*a.layouts, *b.layouts, *(a.model.dense if a.model else ())]
+    for last, names in families(modules, a.checkpoint.headers).items():
+        for side, other in ((a, b), (b, a)):
+            scheme, plain = side.scheme(last), other.scheme(last)
+            if scheme is None or not scheme.act_order or (plain is not None and plain.act_order):
+                continue
+            part = side.layouts[last].part(Holds.G_IDX)
+            assert part is not None
+            order = column_order(side.checkpoint.tensor(f"{last}.{part.name}"))
+            step = side.layouts[last].row_step(scheme.sizes)
+            mine, theirs = (s.rows(last, 0, min(step, scheme.out_features)) for s in (side, other))
+            inp = torch.arange(scheme.in_features)
+            theirs = columns(theirs, inp)  # of a padded one, those that were there before
+            kept, moved = compare(mine, theirs), compare(columns(mine, order), theirs)
+            if moved.differing < kept.differing:
+                side.columns[last] = order
+                side.orders |= dict.fromkeys(names, order)
+        one, two = a.shape(last), b.shape(last)
+        if one is not None and two is not None and one[0] == two[0] and one[1] < two[1]:
+            widths[one[1]] = two[1]
+            b.padded |= {last, *names}
+    return widths

@@ -20,6 +20,7 @@ from qplug_converters.look import looker
 from qplug_converters.plan import Plan, Verdict, Wishes, make_plan
 from qplug_converters.scheme import Scheme
 from qplug_converters.survey import survey
+from qplug_converters.verify import verify
 
 MLP = "model.layers.0.mlp."
 GATE, UP, DOWN = f"{MLP}gate_proj", f"{MLP}up_proj", f"{MLP}down_proj"
@@ -71,6 +72,24 @@ def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     }
 
 
+def proven(one: Checkpoint, two: Checkpoint) -> None:
+    """Prove from bytes that two checkpoints are the same, and that no bit can be changed."""
+    proof = verify(one, two)
+    assert proof.same, proof
+    assert len(proof.notes) > len(one.scheme()[1].notes)
+
+
+@pytest.mark.parametrize("name", [f"{GATE}.bias", f"{UP}.qweight", f"{DOWN}.qweight"])
+@pytest.mark.parametrize("how", ["ordered", "padded"])
+def test_one_bit_is_found_there_too(name: str, how: str, tmp_path: Path) -> None:
+    checkpoint = mlp(tmp_path / "a", ordered=how == "ordered")
+    wishes = None if how == "ordered" else Wishes(tp=5)
+    execute(planned(checkpoint, "awq", wishes), checkpoint, tmp_path / "b")
+    for seed in range(4):
+        laws.mutate_tensor(tmp_path / "b", tmp_path / f"c{seed}", name, "bit", seed)
+        assert laws.found(checkpoint, tmp_path / f"c{seed}") is not None
+
+
 @pytest.mark.parametrize("to", ["awq", "compressed-tensors"])
 def test_act_order_of_an_mlp_is_absorbed(to: str, tmp_path: Path) -> None:
     checkpoint = mlp(tmp_path / "a", ordered=True)
@@ -88,6 +107,8 @@ def test_act_order_of_an_mlp_is_absorbed(to: str, tmp_path: Path) -> None:
     assert torch.equal(after[GATE], before[GATE][order])
     assert torch.equal(after[UP], before[UP][order])
     assert torch.equal(there.tensor(f"{GATE}.bias"), order.half())
+    proven(checkpoint, there)
+    proven(there, checkpoint)
 
 
 def test_nothing_is_absorbed_across_a_norm(tmp_path: Path) -> None:
@@ -134,6 +155,7 @@ def test_zeros_are_added_where_groups_cannot_be_split(to: str, tmp_path: Path) -
     bias = there.tensor(f"{GATE}.bias")
     assert torch.equal(bias[:96], torch.arange(96).half())
     assert not bias[96:].any()
+    proven(checkpoint, there)
     again = planned(there, to, Wishes(tp=5))
     assert again.verdict is Verdict.EXACT
     assert not again.widened
