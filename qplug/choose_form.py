@@ -34,7 +34,7 @@ from .engines import (
 
 GROUP_SIZES = (128, 64, 32)
 """Sizes to which groups are split; what kernels have."""
-SLACK = 1.05
+SLACK = 1.1
 """A form that stays in the format of the source may be this much larger than the smallest."""
 
 Planner = Callable[[ModelScheme, Format, Wishes], Plan]

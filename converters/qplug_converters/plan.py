@@ -17,7 +17,7 @@ from .errors import QplugError, Refused
 from .families import MEMBERS, families
 from .format import Format, Headers
 from .route import Look, divides, find_route
-from .scheme import ModelScheme
+from .scheme import ModelScheme, Scheme
 from .verdict import ALONE, Move, Place, Step, Verdict, Wishes
 
 __all__ = ["Move", "Plan", "Step", "Verdict", "Wishes", "make_plan"]
@@ -71,14 +71,8 @@ class Plan:
         """Bytes of the quantized linears before and after."""
         before = after = 0
         for step in self.steps:
-            for layout, scheme in (
-                (self.source.layout(step.source), step.source),
-                (self.target.layout(step.target), step.target),
-            ):
-                size = sum(spec.nbytes for spec in layout.specs(scheme.sizes).values())
-                before, after = (
-                    (before + size, after) if scheme is step.source else (before, after + size)
-                )
+            before += _size(self.source, step.source)
+            after += _size(self.target, step.target)
         return before, after
 
     def refuse_above(self, allow: Verdict) -> None:
@@ -99,6 +93,10 @@ class Plan:
             need = f"--allow {worst.name.lower()}"
             fix = f"{fix}; or {need}" if fix else need
         raise Refused(f"{worst.name}: {bad[0].reason}", f"{bad[0].module}{more}", fix=fix)
+
+
+def _size(known: Format, scheme: Scheme) -> int:
+    return sum(spec.nbytes for spec in known.layout(scheme).specs(scheme.sizes).values())
 
 
 def _copied(source: Format, target: Format, wishes: Wishes, model: ModelScheme) -> bool:

@@ -51,6 +51,12 @@ def no_block(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     del config["quantization_config"]
 
 
+def no_actorder(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Leave act order to the tensors."""
+    for group in config["quantization_config"]["config_groups"].values():
+        group["weights"]["actorder"] = None
+
+
 def scales(keys: Change = as_it_is) -> Change:
     """Return a change that adds scales of a KV cache, after another one."""
 
@@ -105,6 +111,12 @@ CASES: dict[str, tuple[str, Change]] = {
     "AWQ, null list, KV scales": (AWQ, scales()),
     "AWQ, a list, KV scales": (AWQ, scales(block(modules_to_not_convert=["lm_head"]))),
     "GPTQ, KV scales": (SYM, scales()),
+    "compressed-tensors": ("ct-int4-asym-g64", as_it_is),
+    "compressed-tensors, channelwise": ("ct-int4-asym-channel", as_it_is),
+    "compressed-tensors, 8-bit": ("ct-int8-sym-channel", as_it_is),
+    "compressed-tensors, 3-bit": ("ct-int3-sym-g128", as_it_is),
+    "compressed-tensors, act order": ("ct-int4-asym-g64-gidx", as_it_is),
+    "compressed-tensors, act order denied": ("ct-int4-asym-g64-gidx", no_actorder),
 }
 
 

@@ -16,6 +16,7 @@ from qplug_converters.scheme import ModelScheme, Scheme
 from ..vllm.served import KV_SCALE
 
 CONFIG, TEXT, SIDE = "config.json", "config.json text_config", "a side file"
+OLD = "config.json compression_config"
 """Places where a config block is found."""
 
 
@@ -41,7 +42,7 @@ class Facts:
     block
         The config block, of that place alone: engines do not merge config.json and side files.
     place
-        `CONFIG`, `TEXT` or `SIDE`.
+        `CONFIG`, `TEXT`, `OLD` or `SIDE`.
     whole
         The block with what the other places add to it, as qplug reads it.
     linears, dense
@@ -84,6 +85,8 @@ def of_checkpoint(checkpoint: Opened, model: ModelScheme) -> Facts:
     own = config.get("quantization_config")
     if isinstance(own, dict):
         block, place = own, CONFIG
+    elif isinstance(config.get("compression_config"), dict):
+        block, place = config["compression_config"], OLD
     elif isinstance(nested, dict):
         block, place = nested, TEXT
     else:

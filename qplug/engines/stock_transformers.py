@@ -7,7 +7,7 @@ Looked at: `quantizers/quantizer_gptq.py`, `quantizer_awq.py`, `utils/quantizati
 from __future__ import annotations
 
 from . import properties as has
-from .facts import SIDE, TEXT, Facts
+from .facts import OLD, SIDE, TEXT, Facts
 from .rules import Engine, Outcome, Rule
 
 REFUSED, WRONG, RUNS, UNTESTED = Outcome.REFUSED, Outcome.WRONG, Outcome.RUNS, Outcome.UNTESTED
@@ -15,6 +15,7 @@ PACKAGES = {
     "gptq": "optimum gptqmodel",
     "gptq_v2": "optimum gptqmodel",
     "awq": "gptqmodel accelerate",
+    "compressed-tensors": "compressed-tensors",
 }
 """Format -> what its stock quantizer imports."""
 LOAD = "AutoModelForCausalLM.from_pretrained({!r})"
@@ -29,6 +30,11 @@ def _in_side_file(facts: Facts) -> str | None:
 def _in_text_config(facts: Facts) -> str | None:
     found = "the block is in text_config, which is not looked at: linears get random weights"
     return found if facts.place == TEXT else None
+
+
+def _in_old_key(facts: Facts) -> str | None:
+    found = "the block is named compression_config, which is not looked at"
+    return found if facts.place == OLD else None
 
 
 def _without_method(facts: Facts) -> str | None:
@@ -164,6 +170,35 @@ TRANSFORMERS = Engine(
                 outcome=WRONG,
                 source="run, 5.23.0: the config alone",
                 repair=lambda facts: {"group_size": facts.block["q_group_size"]},
+            ),
+            _EXPERTS,
+            _RUNS,
+        ),
+        "compressed-tensors": (
+            *FOUND,
+            Rule(
+                what="the block in compression_config",
+                met=_in_old_key,
+                outcome=UNTESTED,
+                source="",
+            ),
+            Rule(
+                what="actorder is group or dynamic",
+                met=has.ct_order,
+                outcome=REFUSED,
+                source="run, 5.23.0 with compressed-tensors 0.20.0",
+            ),
+            Rule(
+                what="zero points",
+                met=has.ct_asymmetric,
+                outcome=REFUSED,
+                source="run, 5.23.0 with compressed-tensors 0.18.0 to 0.20.0",
+            ),
+            Rule(
+                what="bits that do not divide 32, which releases before 0.18 packed otherwise",
+                met=has.ct_odd_bits,
+                outcome=UNTESTED,
+                source="run, 5.23.0: the old packing does not load",
             ),
             _EXPERTS,
             _RUNS,

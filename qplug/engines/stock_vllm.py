@@ -191,6 +191,36 @@ _UNKNOWN_METHOD = Rule(
     outcome=REFUSED,
     source=RUN,
 )
+_COMPRESSED = (
+    *_found(("config_groups",)),
+    Rule(
+        what="actorder is group or dynamic",
+        met=has.ct_order,
+        outcome=REFUSED,
+        since="0.30",
+        source=RUN,
+    ),
+    Rule(
+        what="weight_g_idx without actorder",
+        met=lambda facts: None if has.ct_order(facts) else has.ct_index(facts),
+        outcome=REFUSED,
+        source=RUN,
+    ),
+    Rule(
+        what="strategy: tensor",
+        met=has.ct_tensor,
+        outcome=REFUSED,
+        source="read, compressed_tensors_wNa16.py",
+    ),
+    _HALF,
+    _NAMES,
+)
+_COMPRESSED_RUNS = Rule(
+    what="everything else",
+    met=has.ct_scales,
+    outcome=RUNS,
+    source="read, compressed_tensors_wNa16.py; run, 0.32.0 on a CPU: 4 bits",
+)
 _HUMMING = (
     *_found(("bits|w_bit", "group_size|q_group_size")),
     Rule(
@@ -254,6 +284,16 @@ VLLM = Engine(
         "gptq": (*_GPTQ, _CUDA_RUNS),
         "gptq_v2": (*_GPTQ, _CUDA_RUNS),
         "awq": (*_AWQ, _OTHER_AWQ_GROUPS, _CUDA_RUNS),
+        "compressed-tensors": (
+            *_COMPRESSED,
+            Rule(
+                what="bits and groups that Marlin does not take: Machete, Conch or humming may",
+                met=has.ct_other_kernels,
+                outcome=UNTESTED,
+                source="read, kernels/linear of 0.32.0",
+            ),
+            _COMPRESSED_RUNS,
+        ),
         "canonical": (_UNKNOWN_METHOD,),
     },
 )
@@ -268,6 +308,17 @@ VLLM_CPU = Engine(
         "gptq": (*_GPTQ, *_CPU_ONLY, _RUNS),
         "gptq_v2": (*_GPTQ, *_CPU_ONLY, _RUNS),
         "awq": (*_AWQ, _ODD_GROUPS, *_CPU_ONLY, _RUNS),
+        "compressed-tensors": (
+            *_COMPRESSED,
+            Rule(
+                what="bits other than 4",
+                met=has.ct_eight_bits,
+                outcome=REFUSED,
+                source=RUN,
+            ),
+            *_CPU_ONLY[1:],
+            _COMPRESSED_RUNS,
+        ),
         "canonical": (_UNKNOWN_METHOD,),
     },
 )
