@@ -61,14 +61,31 @@ def modules_with(headers: Headers, *parts: str) -> list[str]:
     return list(dict.fromkeys(module for module, dot, part in split if dot and part in parts))
 
 
-def packed_along(headers: Headers) -> str | None:
-    """Return the axis along which `qweight` is packed: `inp` as in GPTQ, `out` as in AWQ GEMM."""
+def stored_as(headers: Headers) -> tuple[str, ...]:
+    """Return what the shapes of the first `qweight` can be, the likeliest first.
+
+    `gptq`, `gemm`, `gemv`, `gemv_fast`, `llm-awq`; several where a file of one would be a file of
+    the other with groups of 8 inputs (GPTQ) or of one (AWQ GEMM), which nobody writes.
+    """
     for module in modules_with(headers, "qweight"):
-        shapes = [spec.shape for spec in parts_of(headers, module, ("qweight", "scales")).values()]
-        if len(shapes) == 2 and all(len(shape) == 2 for shape in shapes):
-            words, width = shapes[0][1], shapes[1][1]
-            return "inp" if words == width else "out" if 8 * words == width else None
-    return None
+        names = ("qweight", "scales", "qzeros", "scaled_zeros", "g_idx")
+        found = parts_of(headers, module, names)
+        codes, scales = found["qweight"], found.get("scales")
+        if scales is None or len(codes.shape) != 2 or len(scales.shape) != 2:
+            continue
+        if codes.dtype == "I16":
+            return ("llm-awq",) if "scaled_zeros" in found else ("gemv_fast",)
+        (rows, words), (groups, width) = codes.shape, scales.shape
+        kinds = []
+        zeros = found["qzeros"].shape if "qzeros" in found else ()
+        if groups == rows and len(zeros) == 2 and width == 8 * zeros[1] and "g_idx" not in found:
+            kinds.append("gemv")
+        if width == words:
+            kinds.append("gptq")
+        if width == 8 * words:
+            kinds.append("gemm")
+        return tuple(kinds)
+    return ()
 
 
 def parts_of(headers: Headers, module: str, names: Iterable[str]) -> dict[str, TensorSpec]:

@@ -88,8 +88,7 @@ def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
         if part.shared:
             stored = stored.expand(sizes["out"], sizes["group"])
         plain: Tensor = rearrange(stored, swapped(part.stream), **dict(part.lengths))
-        if part.multiple > 1:
-            plain = plain[:, : sizes["group"]]
+        plain = _unpadded(part, plain, sizes)
         if part.shift:
             shifted = plain.to(torch.int16) - part.shift
             return shifted if part.holds is Holds.ZEROS else shifted.to(torch.uint8)
@@ -126,9 +125,29 @@ def _literal_unpack(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Ten
         found = bitstream.unpack(rows, part.packing, count)
     known = {name: size for name, size in lengths.items() if name != "1" and name in part.stream}
     plain = rearrange(found, swapped(part.stream), **known)
-    if part.multiple > 1:
-        plain = plain[:, : sizes["group"]]
-    return torch.from_numpy(np.ascontiguousarray(plain))
+    return _unpadded(part, torch.from_numpy(np.ascontiguousarray(plain)), sizes).contiguous()
+
+
+def _padded(part: Part, values: Tensor) -> Tensor:
+    """Fill the groups up to `part.multiple` with zeros."""
+    if part.multiple == 1:
+        return values
+    return torch.nn.functional.pad(values, (0, -values.shape[1] % part.multiple))
+
+
+def _unpadded(part: Part, plain: Tensor, sizes: Mapping[str, int]) -> Tensor:
+    """Drop the groups that fill up to `part.multiple`; they hold nothing but zero bytes."""
+    if part.multiple == 1:
+        return plain
+    padding = plain[:, sizes["group"] :].contiguous()
+    if bool(padding.view(torch.uint8).any()):
+        raise QplugError(
+            f"numbers behind the last of {sizes['group']} groups",
+            part.name,
+            "zeros up to the end",
+            "correct group_size in the config; if it is right, the file is damaged",
+        )
+    return plain[:, : sizes["group"]]
 
 
 def _as_words(stored: Tensor, packing: Packing) -> np.ndarray:
@@ -142,12 +161,10 @@ def _as_words(stored: Tensor, packing: Packing) -> np.ndarray:
 def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the stored tensor of a part, the inverse of `unpack_part`; written into `out`."""
     dtype = TORCH_DTYPES[part.dtype]
-    if part.multiple > 1:
-        values = torch.nn.functional.pad(values, (0, -values.shape[1] % part.multiple))
     if part.packing is None:
         if part.shift:
             values = values.to(torch.int16) + part.shift
-        stored = rearrange(values, part.stream, **dict(part.lengths)).to(dtype)
+        stored = rearrange(_padded(part, values), part.stream, **dict(part.lengths)).to(dtype)
         if part.shared:
             stored = stored.reshape(-1)[0].reshape(1)
     else:
@@ -175,7 +192,7 @@ def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
 def _literal_pack(part: Part, values: Tensor) -> Tensor:
     """Execute the patterns of a packed part as they are written."""
     assert part.packing is not None
-    rows = rearrange(values.cpu().numpy(), part.stream, **dict(part.lengths))
+    rows = rearrange(_padded(part, values.cpu()).numpy(), part.stream, **dict(part.lengths))
     if part.holds is Holds.ZEROS:
         found = zeros.encode(rows, part.packing, part.rule)
     else:

@@ -110,10 +110,20 @@ def _grids_differ(one: QuantizedWeight, two: QuantizedWeight) -> Tensor | None:
 
 
 def columns(rows: Rows, order: Tensor) -> Rows:
-    """Return the columns of some rows in another order, or the first of them."""
+    """Return the columns of some rows in another order, or the first of them.
+
+    The weights themselves, where the grid cannot say so.
+    """
     if not isinstance(rows, QuantizedWeight):
         return rows.index_select(1, order)
-    grid = rows.affine
+    grid, count = rows.grid, len(order)
+    first = torch.equal(order, torch.arange(count))
+    if first and isinstance(grid, OffsetGrid) and count % grid.group_size == 0:
+        kept = count // grid.group_size
+        few = replace(grid, scales=grid.scales[:, :kept], offsets=grid.offsets[:, :kept])
+        return replace(rows, codes=rows.codes[:, :count], grid=few)
+    if not isinstance(grid, AffineGrid):
+        return dense(rows).index_select(1, order)
     groups = grid.group_of_inputs(rows.in_features).index_select(0, order).to(torch.int32)
     return replace(
         rows,

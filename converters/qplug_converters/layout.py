@@ -287,6 +287,19 @@ class Part:
         left = next(a for a in _axes(self.stream.partition("->")[0]) if "out" in a)
         return at, inner, prod(lengths[name] for name in left if name != "out")
 
+    def cut(self, axis: str) -> tuple[int, int]:
+        """Return by what fixed lengths `axis` is cut: on its stored axis, and canonically.
+
+        A stored axis of n times the first holds n times the second of it.
+        """
+        fixed = dict(self.lengths)
+        stored = next(names for names in self.axes if axis in names.split())
+        left = next(names for names in _axes(self.stream.partition("->")[0]) if axis in names)
+        return (
+            prod(fixed.get(name, 1) for name in stored.split()),
+            prod(fixed.get(name, 1) for name in left),
+        )
+
     def row_step(self, sizes: Mapping[str, int]) -> int:
         """Return the smallest number of output rows that cuts no word and no block."""
         if self.holds is Holds.ABSMAX:

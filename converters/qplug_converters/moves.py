@@ -48,10 +48,16 @@ def split_groups(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
     `group_size` divides the old group size, or in_features where there is one group; a short last
     group becomes whole when it divides that too.
     """
-    grid, inp = weight.affine, weight.in_features
-    fits = grid.g_idx is None and (grid.group_size % group_size == 0 or grid.group_size >= inp)
+    grid, inp = weight.grid, weight.in_features
+    if not isinstance(grid, OffsetGrid):
+        grid = weight.affine
+    ordered = isinstance(grid, OffsetGrid) or grid.g_idx is None
+    fits = ordered and (grid.group_size % group_size == 0 or grid.group_size >= inp)
     _require(fits, f"groups of {grid.group_size} in groups of {group_size}")
     firsts = torch.arange(0, inp, group_size, device=weight.codes.device) // grid.group_size
+    if isinstance(grid, OffsetGrid):
+        scales, offsets = (t.index_select(1, firsts) for t in (grid.scales, grid.offsets))
+        return replace(weight, grid=OffsetGrid(scales, offsets, group_size))
     grid = AffineGrid(
         grid.scales.index_select(1, firsts), grid.zeros.index_select(1, firsts), group_size
     )

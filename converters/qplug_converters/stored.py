@@ -103,24 +103,27 @@ def _length(where: str, codes: Part, found: TensorSpec, axis: str, g_idx: int | 
 
     A `g_idx` must have as many entries as its axis.
     """
-    at = codes.axes.index(axis)
+    at = next(n for n, names in enumerate(codes.axes) if axis in names.split())
     size = found.shape[at]
-    if codes.packing is None or codes.packed_axis != at:
-        return size
-    bits, word = codes.packing.bits, codes.packing.word_bits
-    if g_idx is not None and size * word != g_idx * bits:
-        likely = next((b for b in range(1, 9) if size * word == g_idx * b), None)
-        raise QplugError(
-            str(found),
-            where,
-            f"{codes.packing.words(g_idx)} words for {bits} bits and a g_idx of {g_idx}",
-            f"the file looks like {likely}-bit" if likely else "the shard is damaged",
-        )
-    if size * word % bits:
-        raise QplugError(
-            str(found), where, f"whole words of {bits} bits", "correct bits in the config"
-        )
-    return size * word // bits
+    if codes.packing is not None and codes.packed_axis == at:
+        bits, word = codes.packing.bits, codes.packing.word_bits
+        if g_idx is not None and size * word != g_idx * bits:
+            likely = next((b for b in range(1, 9) if size * word == g_idx * b), None)
+            raise QplugError(
+                str(found),
+                where,
+                f"{codes.packing.words(g_idx)} words for {bits} bits and a g_idx of {g_idx}",
+                f"the file looks like {likely}-bit" if likely else "the shard is damaged",
+            )
+        if size * word % bits:
+            raise QplugError(
+                str(found), where, f"whole words of {bits} bits", "correct bits in the config"
+            )
+        size = size * word // bits
+    inner, cut = codes.cut(axis)
+    if size % inner:
+        raise QplugError(str(found), where, f"a multiple of {inner} codes along {axis}", INCOMPLETE)
+    return size // inner * cut
 
 
 def _group_size(where: str, stated: Stated, inp: int, groups: int) -> int:

@@ -55,7 +55,10 @@ def survey(tensors: HasPeek, found: Format, model: ModelScheme) -> ModelScheme:
         layout = found.layout(scheme)
         part, scales = layout.part(Holds.ZEROS), layout.part(Holds.SCALES)
         if scheme.kind is Kind.OFFSET:
-            linears[module] = _offset_facts(tensors, module, layout, scheme)
+            known = _offset_facts(tensors, module, layout, scheme)
+            linears[module] = known
+            if scheme.sym and known.zeros is not None and not known.zeros.symmetric:
+                asymmetric.append(module)
             continue
         if scheme.kind is not Kind.AFFINE:
             linears[module] = scheme

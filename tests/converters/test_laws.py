@@ -217,7 +217,9 @@ OTHERS = (
 
 HARMLESS = {
     ("gptq", "meta"), ("gptq_v2", "meta"),  # decides the zero rule where a zero is 2^bits - 1
-    ("awq", "modules_to_not_convert"),  # tensors say what is quantized; entries that lie: below
+    # tensors say what is quantized; entries that lie: below
+    ("awq", "modules_to_not_convert"), ("awq_gemv", "modules_to_not_convert"),
+    ("awq_gemv_fast", "modules_to_not_convert"), ("llm_awq", "modules_to_not_convert"),
     ("compressed-tensors", "ignore"),  # the same: test_compressed_tensors.py
     ("compressed-tensors", "global_compression_ratio"),  # for the reader's information
     ("compressed-tensors", "version"),  # decides the packing only where shapes cannot

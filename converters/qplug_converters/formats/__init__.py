@@ -2,13 +2,25 @@
 
 from ..errors import QplugError
 from ..format import Format
-from . import awq, canonical, compressed_tensors, dense, gptq, gptq_v2
+from . import (
+    awq,
+    awq_gemv,
+    awq_gemv_fast,
+    canonical,
+    compressed_tensors,
+    dense,
+    gptq,
+    gptq_v2,
+)
 
 FORMATS: tuple[Format, ...] = (
     canonical.FORMAT,
     gptq_v2.FORMAT,
     gptq.FORMAT,
     awq.FORMAT,
+    awq_gemv.FORMAT,
+    awq_gemv_fast.FORMAT,
+    awq_gemv_fast.LLM_AWQ,
     compressed_tensors.FORMAT,
     dense.FORMAT,
 )

@@ -33,8 +33,8 @@ from ..block import (
     dense_linears,
     dense_modules,
     modules_with,
-    packed_along,
     stated_group_size,
+    stored_as,
 )
 from ..claim import Claim, Stated
 from ..errors import QplugError, raise_all
@@ -110,7 +110,7 @@ def claims(block: Block | None, headers: Headers) -> bool:
     """Whether this is a v1 checkpoint (or one of an unknown `checkpoint_format`)."""
     if block and (block.get("quant_method") or block.get("method")):
         return checkpoint_format(block) not in (None, "gptq_v2")
-    return packed_along(headers) == "inp" and checkpoint_format(block) != "gptq_v2"
+    return stored_as(headers)[:1] == ("gptq",) and checkpoint_format(block) != "gptq_v2"
 
 
 def producer(block: Block) -> str:
@@ -260,12 +260,13 @@ def read_as(parse: Callable[[Block | None], Claim], rules: Rules) -> Any:
 
     def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
         claim = parse(block)
-        if packed_along(headers) == "out":
+        shapes = stored_as(headers)
+        if shapes and "gptq" not in shapes:
             raise QplugError(
-                "'gptq' over a qweight packed along the outputs",
+                f"'gptq' over tensors stored as {shapes[0]!r}",
                 "quantization_config.quant_method",
-                "one packed along the inputs",
-                "correct the config: AWQ packs along the outputs",
+                "tensors of GPTQ",
+                "correct the config: 'awq' is the method of the others",
             )
         return read_with(claim, layout, rules, headers, peek)
 
