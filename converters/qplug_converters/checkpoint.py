@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import formats, zeros
+from . import formats, names, zeros
 from .errors import QplugError, Unsupported, raise_all
 from .format import Format
 from .scheme import ModelScheme
@@ -221,13 +221,13 @@ class Checkpoint:
         def plain(value: Any) -> Any:
             return value.lower() if isinstance(value, str) else value
 
-        for names in aliases:
+        for keys in aliases:
             one, two = (
-                next((b[n] for n in names if b.get(n) is not None), None) for b in (first, second)
+                next((b[k] for k in keys if b.get(k) is not None), None) for b in (first, second)
             )
             if one is not None and two is not None and plain(one) != plain(two):
                 raise QplugError(
-                    f"{names[0]} {one!r} in {at} and {two!r} in {where}",
+                    f"{keys[0]} {one!r} in {at} and {two!r} in {where}",
                     "the configs",
                     "the same in both",
                     "remove the wrong one",
@@ -286,7 +286,9 @@ class Checkpoint:
         if forced is not None:
             model = _force_rule(model, found, forced)
         notes = (*model.notes, *self._oddities(model))
-        return found, replace(model, notes=notes, unstacked=self.unstacked)
+        kv_scheme = model.kv_scheme or names.kv_scheme(self.headers)
+        model = replace(model, notes=notes, kv_scheme=kv_scheme, unstacked=self.unstacked)
+        return found, model
 
     def _oddities(self, model: ModelScheme) -> list[str]:
         """Return what is odd about the folder, one sentence each."""

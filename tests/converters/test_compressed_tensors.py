@@ -455,3 +455,17 @@ def test_the_kv_scheme_is_carried(tmp_path: Path) -> None:
     assert written_block(tmp_path / "a")["kv_cache_scheme"] == wanted
     assert verify(checkpoint, open_checkpoint(tmp_path / "a")).same
     assert find("ct-layout") is CT
+
+
+def test_the_kv_scheme_comes_back_from_a_format_that_has_no_key_for_it(tmp_path: Path) -> None:
+    checkpoint, found, model = laws.surveyed(GOLDEN / "ct-int4-sym-g128-kv-fp8")
+    execute(make_plan(found, model, canonical.FORMAT), checkpoint, tmp_path / "a")
+    assert "kv_cache_scheme" not in written_block(tmp_path / "a")
+    there, found, model = laws.surveyed(tmp_path / "a")
+    execute(make_plan(found, model, CT), there, tmp_path / "b")
+    wanted = written_block(GOLDEN / "ct-int4-sym-g128-kv-fp8")["kv_cache_scheme"]
+    assert written_block(tmp_path / "b")["kv_cache_scheme"] == wanted
+    back = open_checkpoint(tmp_path / "b")
+    for name in checkpoint.headers:
+        if name.endswith(("k_scale", "v_scale")):
+            assert back.raw(name) == checkpoint.raw(name)
