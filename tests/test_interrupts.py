@@ -26,7 +26,7 @@ def wait(*arguments, **more):
 
 where = sys.argv.pop(1)
 if where == "convert":
-    job._convert = wait
+    job.Conversion = wait
 elif where == "verify":
     verify.verify = wait
 discard = writer.Writer._discard

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qplug.quantizers import QUANTIZERS, QuantizeReport, fitting, quantize, rtn
 from qplug_converters import formats
+from qplug_converters.blocks import read_rows
 from qplug_converters.checkpoint import open_checkpoint
 from qplug_converters.errors import QplugError
-from qplug_converters.job import read_rows
 from qplug_converters.scheme import Scheme
 from qplug_converters.weight import QuantizedWeight
 

@@ -203,34 +203,49 @@ def _literal_pack(part: Part, values: Tensor) -> Tensor:
     return torch.from_numpy(stored.view(signed)).view(TORCH_DTYPES[part.dtype])
 
 
+def form(part: Part, in_features: int) -> tiles.Form | None:
+    """Return the form in which a part of codes stores row words, or `None` if it does not."""
+    packing = part.packing
+    route = _route(part, in_features)
+    if packing is None or route is None or in_features * packing.bits % 32:
+        return None
+    order = _order(packing)
+    natural = order == tuple(range(len(order)))
+    if route == (False, True):
+        natural_order = tuple(range(8)) if natural else order
+        return tiles.Form(tiles.Kind.TILES, natural_order) if packing.bits == 4 else None
+    if not natural:
+        return None
+    return tiles.Form(tiles.Kind.COLUMNS if route == (True, False) else tiles.Kind.ROWS)
+
+
+def as_words(stored: Tensor, kind: tiles.Kind, rows: int) -> Tensor:
+    """View what a part stores as the int32 words of its form; copied where it is not aligned."""
+    found = _as_int32(stored)
+    return found.reshape(rows, -1) if kind is tiles.Kind.ROWS else found
+
+
 def translate(
     source: Part, target: Part, stored: Tensor, sizes: Mapping[str, int], out: Tensor | None = None
 ) -> Tensor:
     """Bring one stored tensor from one part's form into another's that holds the same numbers.
 
-    4-bit codes packed along `inp` in one and along `out` in the other go from words to words
-    without being unpacked (docs/adr/0002).
+    Codes that both store as row words go from words to words without being unpacked
+    (docs/adr/0002).
     """
-    if source.holds is Holds.CODES and (route := _direct(source, target)) is not None:
-        transposed, order = route
-        return tiles.transpose_nibbles(stored, transposed=transposed, order=order, out=out)
-    return pack_part(target, unpack_part(source, stored, sizes), out)
-
-
-_NIBBLES = (4, 4, "I32", "I32")
-
-
-def _direct(source: Part, target: Part) -> tuple[bool, tuple[int, ...]] | None:
-    """Recognise from two parts that only the packed axis of 4-bit codes changes."""
-    routes = (_route(source, 0), _route(target, 0))
-    one, two = source.packing, target.packing
-    if one is None or two is None or (one.bits, two.bits, one.word, two.word) != _NIBBLES:
-        return None
-    if routes == ((True, False), (False, True)) and not one.order:
-        return True, two.order
-    if routes == ((False, True), (True, False)) and not two.order:
-        return False, one.order
-    return None
+    one, two = (form(p, sizes["inp"]) for p in (source, target))
+    if one is None or two is None or source.packing is None or target.packing is None:
+        return pack_part(target, unpack_part(source, stored, sizes), out)
+    if source.packing.bits != target.packing.bits:
+        return pack_part(target, unpack_part(source, stored, sizes), out)
+    spec = target.spec(sizes)
+    filled = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]) if out is None else out
+    rows = sizes["out"]
+    into = as_words(filled, two.kind, rows)
+    tiles.translate(one, two, as_words(stored, one.kind, rows), into, rows)
+    if into.data_ptr() != filled.data_ptr():  # bytes that do not lie on words
+        filled.copy_(into.view(filled.dtype).reshape(filled.shape))
+    return filled
 
 
 def check_scales(scales: Tensor, name: str = "scales") -> None:

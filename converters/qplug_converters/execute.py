@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .checkpoint import CERTIFICATE, Checkpoint
+from .conversion import Rows
 from .errors import QplugError
 from .families import widened
-from .job import Advance, Rows, ShardJob, ShardResult, cut_shards, run, run_alone, tasks_of
+from .job import Advance, ShardJob, ShardResult, cut_shards, run, run_alone, tasks_of
 from .journal import Journal, Made, key_of
 from .plan import Plan
 from .threads import workers
@@ -86,7 +87,17 @@ def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
         "target": plan.target.name,
         "verdict": plan.verdict.name,
         "linears": {step.module: step.as_json() for step in plan.steps},
+        "tensors": {},
     }
+
+
+def _note(promised: dict[str, Any], records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add to a certificate what was found in making a shard."""
+    for name, said in records.items():
+        if name in promised["linears"]:
+            promised["linears"][name].update(said)
+        else:
+            promised["tensors"][name] = said["sha256"]
 
 
 def conversion_key(plan: Plan, checkpoint: Checkpoint, max_shard: int = MAX_SHARD) -> str:
@@ -182,8 +193,7 @@ def execute(
             before = journal.finished.get(file.path.name) if journal is not None else None
             if before is not None:
                 advance(job.nbytes, file.path.name)
-                for module, said in before.records.items():
-                    promised["linears"][module].update(said)
+                _note(promised, before.records)
                 continue
             jobs.append(job)
             files.append(file)
@@ -206,8 +216,7 @@ def execute(
         else:
             results = _there(begun(), executor, one_by_one, advance)
         for n, (job, result) in enumerate(zip(jobs, results, strict=True)):
-            for module, said in result.records.items():
-                promised["linears"][module].update(said)
+            _note(promised, result.records)
             if deliver is not None:
                 assert result.sha256 is not None
                 deliver(job.path, result.sha256)

@@ -16,7 +16,7 @@ def looker(checkpoint: Checkpoint, found: Format, model: ModelScheme) -> Look:
     known: dict[tuple[str, int, int], bool] = {}
 
     def look(module: str, low: int, high: int) -> bool:
-        from .job import blocks_of, read_rows
+        from .blocks import blocks_of, read_rows
         from .moves import room_to_shift
 
         asked = (module, low, high)

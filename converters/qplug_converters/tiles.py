@@ -1,109 +1,194 @@
-"""4-bit words turned from one packed axis to the other without unpacking a code."""
+"""Packed codes as rows of words, whichever way they are stored, block by block of output rows.
+
+The *row words* of a linear are int32 `[out, k]`: each output row is a little-endian bit stream
+along in_features, in natural order. What tools store is one of three forms of them:
+
+* `ROWS`: the row words themselves;
+* `COLUMNS` `[k, out]` (GPTQ): the same words, turned;
+* `TILES` `[in, out / 8]` (AWQ, 4 bits): tiles of 8 x 8 nibbles, each transposed, and then turned.
+  A tile is transposed by three rounds of masked swaps between pairs of words, so that no code is
+  unpacked; the order of nibbles in a word is the order in which the words of a tile are taken, and
+  costs nothing.
+
+A block of row words stays in the cache, so whoever makes a conversion out of `read` and `write`
+can hash or compare it on the way for the price of the hash.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .threads import Cut, Kernel, share
-from .words import checked, output, scalar
+from .words import scalar
 
-_TILES = 1 << 14
-"""Tiles of 8 words in a block: 0.8 MB of scratch a thread; a quarter of it costs 1.3 times the
-time, for the reason of `words._BLOCK`."""
+_BLOCK = 1 << 18
+"""Words of a block: 1 MB, and as much for each of three scratch tensors. Half of it is as fast, a
+quarter 1.3 times slower: calls then cost more than passes."""
+_MOST_ROWS = 1024
+_MOST_SHAPES = 4
+_HALVES = ((2, 0x00FF00FF), (1, 0x0F0F0F0F))
+"""The rounds after the first: how far apart the words of a pair lie, and what is swapped."""
 
-_TILES_WIDE = 256
-"""Tiles beside each other in such a block: runs of 8 KB on one side, 1 KB on the other; 64 cost
-1.2 times the time."""
+
+class Kind(Enum):
+    """Which of the three forms."""
+
+    ROWS = "rows"
+    COLUMNS = "columns"
+    TILES = "tiles"
 
 
-def transpose_nibbles(
-    words: Tensor, *, transposed: bool, order: Sequence[int] = (), out: Tensor | None = None
-) -> Tensor:
-    """Turn 4-bit words that run down the columns into words that run along the rows, or back.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How row words are stored; `order[i]` is the code in nibble `i` of a word of `TILES`."""
 
-    The matrix of codes stays as it is, only the axis that is packed changes (GPTQ's qweight to
-    AWQ's and back), so no code is unpacked: each tile of 8 words is an 8 x 8 matrix of nibbles,
-    and is transposed by three rounds of masked swaps between pairs of words.
+    kind: Kind
+    order: tuple[int, ...] = ()
 
-    Parameters
-    ----------
-    words
-        int32 `[n / 8, m]` if `transposed` (natural order of nibbles), else `[n, m / 8]` (nibbles in
-        `order`). May be strided; is not modified.
-    transposed
-        Whether the packed rows run down the columns of `words`; those of the result do not.
-    order
-        `order[i]` is the code, counted inside one word, that lies in nibble `i` of the words that
-        run along the rows; empty means natural. It costs nothing.
-    out
-        Where to write; may be strided, must not overlap `words`.
 
-    Returns
-    -------
-    Tensor
-        int32 `[n, m / 8]` if `transposed`, else `[n / 8, m]`; `out` if given.
+def rows_at_once(k: int) -> int:
+    """Return how many output rows make a block: a multiple of 8."""
+    return max(8, min(_MOST_ROWS, _BLOCK // max(1, k)) // 8 * 8)
 
-    Raises
-    ------
-    ValueError
-        If a dtype, shape, device or `order` is not as said above.
+
+class Turners:
+    """Scratch for blocks of some shapes; for one thread."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], Turner] = {}
+
+    def of(self, rows: int, k: int) -> Turner:
+        """Return scratch for blocks of this shape; that of the last few shapes is kept."""
+        shape = rows, k
+        if shape not in self._known:
+            if len(self._known) == _MOST_SHAPES:
+                del self._known[next(iter(self._known))]
+            self._known[shape] = Turner(rows, k)
+        return self._known[shape]
+
+    def blocks(self, form: Form, stored: Tensor, rows: int) -> Iterator[tuple[int, Turner, Tensor]]:
+        """Yield the row words of a stored tensor, block by block.
+
+        Each comes as its first row, the scratch that was used (to write it elsewhere), and the
+        words `[rows, k]`, which are valid until the next one.
+        """
+        across = {Kind.ROWS: 1, Kind.COLUMNS: 0, Kind.TILES: 0}[form.kind]
+        k = stored.shape[across] // (8 if form.kind is Kind.TILES else 1)
+        step = rows_at_once(k)
+        for start in range(0, rows, step):
+            turner = self.of(min(step, rows - start), k)
+            yield start, turner, turner.read(form, stored, start)
+
+
+def translate(one: Form, two: Form, stored: Tensor, out: Tensor, rows: int) -> None:
+    """Bring the row words of `rows` output rows from one form into another."""
+    for start, turner, words in Turners().blocks(one, stored, rows):
+        turner.write(two, words, out, start)
+
+
+class Turner:
+    """Scratch for blocks of `rows` rows of `k` words, and what moves them.
+
+    Not for use by two threads at once.
     """
-    fields = checked(words, torch.int32, 4, order) or tuple(range(8))
-    rows, columns = words.shape
-    if (columns if transposed else rows) % 8:
-        raise ValueError(f"words {rows} x {columns} do not fill tiles of 8 x 8 nibbles")
-    down, across = (rows, columns // 8) if transposed else (rows // 8, columns)
-    out = output(out, torch.int32, (8 * down, across) if transposed else (down, 8 * across))
-    wide = max(1, min(across, _TILES_WIDE))
-    high = max(1, _TILES // wide)
-    cuts: list[Cut] = []
-    for r in range(0, down, high):
-        for c in range(0, across, wide):
-            few = slice(r, r + high), slice(8 * c, 8 * (c + wide))
-            many = slice(8 * r, 8 * (r + high)), slice(c, c + wide)
-            cuts.append((few, many) if transposed else (many, few))
 
-    def kernel(source: Tensor, target: Tensor) -> Kernel:
-        few = source if transposed else target
-        return _NibbleTransposer(few.shape[0], few.shape[1] // 8, fields, to_rows=transposed)
+    def __init__(self, rows: int, k: int) -> None:
+        self.rows, self.k = rows, k
+        self._words = torch.empty(rows, k, dtype=torch.int32)
+        self._turned = torch.empty(k, rows, dtype=torch.int32)
+        if rows % 8 == 0:
+            self._tiles = torch.empty(8, rows // 8, k, dtype=torch.int32)
+            self._half = torch.empty(4, rows // 8, k, dtype=torch.int32)
+            self._rounds = []
+            for h, mask in _HALVES:
+                a, b = self._tiles.view(-1, 2, h, rows // 8, k).unbind(1)
+                half = self._half.view(-1, h, rows // 8, k)
+                constants = scalar(4 * h, torch.int32), scalar(mask, torch.int32)
+                self._rounds.append((a, b, half, *constants))
+            self._sixteen = scalar(16, torch.int32)
+            self._low = scalar(0xFFFF, torch.int32)
 
-    share(kernel, words, out, cuts)
-    return out
+    def read(self, form: Form, stored: Tensor, start: int) -> Tensor:
+        """Return the row words `[rows, k]` from row `start` on; valid until the next call."""
+        if form.kind is Kind.ROWS:
+            found = stored[start : start + self.rows]
+            return found if found.is_contiguous() else self._words.copy_(found)
+        if form.kind is Kind.COLUMNS:
+            # Runs first, then the transpose inside the cache: 4 times faster than one copy.
+            self._turned.copy_(stored[:, start : start + self.rows])
+            return self._words.copy_(self._turned.t())
+        self._runs(self._turned).copy_(self._tiled(stored, start))
+        self._tiles.view(self.rows, self.k).copy_(self._turned.t())
+        self._swap()
+        self._first(form.order, to_tiles=False)
+        return self._words
 
-
-class _NibbleTransposer:
-    """Tiles of 8 x 8 nibbles: words `[down, 8 * across]` <-> words `[8 * down, across]`."""
-
-    def __init__(self, down: int, across: int, order: tuple[int, ...], *, to_rows: bool) -> None:
-        self.order, self.to_rows = order, to_rows
-        self.tiles = torch.empty(8, down, across, dtype=torch.int32)
-        half = torch.empty(4, down, across, dtype=torch.int32)
-        self.rounds = []
-        for h, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-            a, b = self.tiles.view(-1, 2, h, down, across).unbind(1)
-            constants = scalar(4 * h, torch.int32), scalar(mask, torch.int32)
-            self.rounds.append((a, b, half.view(-1, h, down, across), *constants))
-
-    def __call__(self, source: Tensor, target: Tensor) -> None:
-        """Fill the block `target` from the block `source`."""
-        few, many = (source, target) if self.to_rows else (target, source)
-        rows = many.view(-1, 8, many.shape[1]).transpose(0, 1)
-        if self.to_rows:
-            for tile, code in zip(self.tiles, self.order, strict=True):
-                tile.copy_(few[:, code::8])
+    def write(self, form: Form, words: Tensor, stored: Tensor, start: int) -> None:
+        """Put the row words `[rows, k]` where rows from `start` on are stored."""
+        if form.kind is Kind.ROWS:
+            stored[start : start + self.rows].copy_(words)
+        elif form.kind is Kind.COLUMNS:
+            self._turned.copy_(words.t())
+            stored[:, start : start + self.rows].copy_(self._turned)
         else:
-            self.tiles.copy_(rows)
-        for a, b, t, shift, mask in self.rounds:
+            self._first(form.order, to_tiles=True, words=words)
+            self._swap()
+            self._turned.copy_(self._tiles.view(self.rows, self.k).t())
+            self._tiled(stored, start).copy_(self._runs(self._turned))
+
+    def _runs(self, turned: Tensor) -> Tensor:
+        """View `[k, rows]` as word of a tile, nibble, tile along out: `[k, 8, rows / 8]`."""
+        return turned.view(self.k, 8, self.rows // 8)
+
+    def _tiled(self, stored: Tensor, start: int) -> Tensor:
+        """View the block in `[in, out / 8]` in the same way."""
+        first, count = start // 8, self.rows // 8
+        return stored.view(self.k, 8, stored.shape[1])[:, :, first : first + count]
+
+    def _swap(self) -> None:
+        """Transpose tiles of 4 x 4 nibbles inside those of 8 x 8."""
+        for a, b, t, shift, mask in self._rounds:
             torch.bitwise_right_shift(a, shift, out=t)
             t.bitwise_xor_(b).bitwise_and_(mask)
             b.bitwise_xor_(t)
             torch.bitwise_left_shift(t, shift, out=t)
             a.bitwise_xor_(t)
-        if self.to_rows:
-            rows.copy_(self.tiles)
-        else:
-            for tile, code in zip(self.tiles, self.order, strict=True):
-                few[:, code::8].copy_(tile)
+
+    def _first(
+        self, order: tuple[int, ...], *, to_tiles: bool, words: Tensor | None = None
+    ) -> None:
+        """Swap the halves of words four apart, from row words into tiles or back."""
+        words = self._words if words is None else words
+        rows = words.view(self.rows // 8, 8, self.k).transpose(0, 1)
+        for few in _runs(order):
+            half = [order[i] for i in few], [order[i + 4] for i in few]
+            pair = rows[_slice(half[0])], rows[_slice(half[1])]
+            first = few[0]
+            tiles = self._tiles[first : first + len(few)], self._tiles[first + 4 :][: len(few)]
+            (a, b), (c, d) = (pair, tiles) if to_tiles else (tiles, pair)
+            t = self._half[: len(few)]
+            torch.bitwise_right_shift(a, self._sixteen, out=t)
+            t.bitwise_xor_(b).bitwise_and_(self._low)
+            torch.bitwise_xor(b, t, out=d)
+            torch.bitwise_left_shift(t, self._sixteen, out=t)
+            torch.bitwise_xor(a, t, out=c)
+
+
+@cache
+def _runs(order: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Cut 0 to 3 where `order`, there and four on, is no evenly spaced slice: calls cost, too."""
+    halves = order[:4], order[4:]
+    even = all(h[0] < h[1] and len({b - a for a, b in pairwise(h)}) == 1 for h in halves)
+    return ((0, 1, 2, 3),) if even else ((0,), (1,), (2,), (3,))
+
+
+def _slice(spaced: list[int]) -> slice:
+    """Return the slice of evenly spaced indices."""
+    step = spaced[1] - spaced[0] if len(spaced) > 1 else 1
+    return slice(spaced[0], spaced[-1] + 1, step)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import blocks_of, read_rows, stored_names
 from .checkpoint import Checkpoint
 from .codec import TORCH_DTYPES
 from .compare import SAME, Rows, columns, compare, dense
 from .errors import QplugError
 from .families import families, widened
 from .format import Format
-from .job import blocks_of, read_rows, stored_names
 from .layout import Holds, Layout
 from .moves import column_order
 from .scheme import ModelScheme, Scheme

@@ -14,7 +14,8 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 MAX_SHARD = 5_000_000_000
 """Bytes; what huggingface_hub and Transformers cut at."""
 _COPY_STEP = 1 << 26
+_SYNC_SECONDS = 0.05
+"""Pause between two syncs beside the work."""
 
 
 class ShardFile:
@@ -105,13 +108,13 @@ class ShardFile:
         os.close(self._file)
         self._file, self._map = -1, None
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write a whole tensor."""
+    def put(self, name: str, tensor: Tensor, at: int = 0) -> None:
+        """Write a whole tensor, or what lies in it from byte `at` on."""
         import torch
 
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         with _disk_errors(self.path, self.specs[name].nbytes):
-            _write(self._file, raw.data, self.places[name].offset)
+            _write(self._file, raw.data, self.places[name].offset + at)
 
     def view(self, name: str) -> Tensor:
         """Return a tensor as a writable view of the file, for linears too large for memory."""
@@ -148,12 +151,35 @@ class ShardFile:
                     done = len(data)
                 at += done
 
+    @contextlib.contextmanager
+    def syncing(self) -> Iterator[None]:
+        """Bring to the disk, in another thread, what is written in the body."""
+        over = threading.Event()
+
+        def sync() -> None:
+            # What the disk refuses, `sync` will say.
+            with contextlib.suppress(OSError):
+                while not over.wait(_SYNC_SECONDS):
+                    os.fdatasync(self._file)
+
+        thread = threading.Thread(target=sync)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def sync(self) -> None:
         """Wait until everything is on the disk."""
         with _disk_errors(self.path, self.size):
             if self._map is not None:
                 self._map.flush()
             os.fsync(self._file)
+
+    def header_sha256(self) -> str:
+        """Return the hash of the header, its length included."""
+        return hashlib.sha256(self._head).hexdigest()
 
     def sha256(self) -> str:
         """Return the hash of the whole file."""

@@ -116,14 +116,14 @@ def measure(name: str, dense: Path, work: Path, rounds: int) -> list[Row]:
 
 def without_direct_route(source: Path, target: Path) -> None:
     """Convert to AWQ by unpacking and packing every code: what the direct route saves."""
-    from qplug_converters import codec
+    from qplug_converters import conversion
 
-    direct = codec._direct
-    codec._direct = lambda source, target: None
+    form = conversion.form
+    conversion.form = lambda part, in_features: None
     try:
         convert(source, target, "awq")
     finally:
-        codec._direct = direct
+        conversion.form = form
 
 
 def short(rows: list[Row]) -> list[str]:

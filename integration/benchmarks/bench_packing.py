@@ -7,7 +7,7 @@ is the best of many calls; the rows take turns, so that a machine shared with ot
 them alike, and the ratio to `clone()` is the number to compare. Results are fresh tensors, as the
 clone is: most of the clone's time is the kernel's, which clears new pages. `into` rows write into
 a tensor that exists, as a conversion does with its output file. Nothing is unpacked for the direct
-route; its GB/s are of packed words.
+route, which runs on one thread; its GB/s are of packed words.
 
 Bars: 4 bits at 0.25x of the clone, packing and unpacking, each into a fresh tensor. The exit code
 is 1 if one is missed.
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from qplug_converters.tiles import transpose_nibbles
+from qplug_converters.tiles import Form, Kind, translate
 from qplug_converters.words import pack, unpack
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -73,20 +73,22 @@ def cases(out_features: int, in_features: int) -> dict[str, tuple[int, Callable[
     flags = {"transposed": False, "codes_transposed": True, "order": AWQ_ORDER}
     awq = add("awq 4-bit", nibbles, 4, flags, out_features)
 
-    if not torch.equal(transpose_nibbles(gptq, transposed=True, order=AWQ_ORDER), awq):
-        raise SystemExit("the direct route differs from unpack and pack")
-    for name, source, target, transposed in (
-        ("gptq to awq", gptq, torch.zeros_like(awq), True),
-        ("awq to gptq", awq, torch.zeros_like(gptq), False),
+    columns, tiled = Form(Kind.COLUMNS), Form(Kind.TILES, AWQ_ORDER)
+    for name, one, two, source, target in (
+        ("gptq to awq", columns, tiled, gptq, awq),
+        ("awq to gptq", tiled, columns, awq, gptq),
     ):
+        out = torch.zeros_like(target)
 
         def direct(
-            source: Tensor = source, transposed: bool = transposed, out: Tensor | None = None
+            one: Form = one, two: Form = two, source: Tensor = source, out: Tensor = out
         ) -> Tensor:
-            return transpose_nibbles(source, transposed=transposed, order=AWQ_ORDER, out=out)
+            translate(one, two, source, out, out_features)
+            return out
 
-        found[f"direct {name}"] = source.nbytes, direct
-        found[f"direct {name} into"] = source.nbytes, lambda d=direct, t=target: d(out=t)
+        if not torch.equal(direct(), target):
+            raise SystemExit(f"{name}: the direct route differs from unpack and pack")
+        found[f"direct {name} into"] = source.nbytes, direct
     return found
 
 

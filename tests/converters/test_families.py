@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from qplug_converters import formats
+from qplug_converters.blocks import read_rows
 from qplug_converters.checkpoint import Checkpoint, open_checkpoint
 from qplug_converters.errors import QplugError
 from qplug_converters.execute import execute
-from qplug_converters.job import read_rows
 from qplug_converters.look import looker
 from qplug_converters.plan import Plan, Verdict, Wishes, make_plan
 from qplug_converters.scheme import Scheme

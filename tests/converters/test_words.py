@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug_converters import threads, tiles, words
-from qplug_converters.tiles import transpose_nibbles
+from qplug_converters.tiles import Form, Kind, translate
 from qplug_converters.words import pack, unpack
 
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -66,7 +66,7 @@ def blocks(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.param:
             for name, value in (("_BLOCK", 256), ("_LEAST", 64), ("_RUN", 64)):
                 monkeypatch.setattr(words, name, value)
-            monkeypatch.setattr(tiles, "_TILES", 6)
+            monkeypatch.setattr(tiles, "_BLOCK", 64)
         yield
 
 
@@ -107,26 +107,38 @@ class TestEqualsLiteral:
         assert torch.equal(to_words, stored)
         assert torch.equal(to_codes, codes)
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=100, deadline=None, derandomize=True)
     @given(
-        st.one_of(st.just(()), st.just(AWQ), st.permutations(range(8)).map(tuple)),
-        st.integers(0, 12),
-        st.integers(0, 12),
+        st.one_of(st.just(tuple(range(8))), st.just(AWQ), st.permutations(range(8)).map(tuple)),
+        st.integers(1, 12),
+        st.integers(1, 12),
         st.tuples(st.integers(0, 4), st.integers(0, 4)),
         st.integers(0, 2**32 - 1),
     )
-    def test_direct_route(self, order, down, across, how, seed):
-        plain = np.random.default_rng(seed).integers(0, 16, (8 * down, 8 * across), dtype=np.uint8)
-        few = torch.from_numpy(literal_pack(plain.T, 4, ()).T.copy())
-        many = torch.from_numpy(literal_pack(plain, 4, order))
-        for source, target, transposed in ((few, many, True), (many, few, False)):
-            given_words, out = strided(source, how[0]), strided(torch.zeros_like(target), how[1])
-            assert torch.equal(
-                transpose_nibbles(given_words, transposed=transposed, order=order), target
-            )
-            transpose_nibbles(given_words, transposed=transposed, order=order, out=out)
-            assert torch.equal(out, target)
-            assert torch.equal(given_words, source)
+    def test_row_words_in_every_form(self, order, down, across, how, seed):
+        plain = np.random.default_rng(seed).integers(0, 16, (8 * across, 8 * down), dtype=np.uint8)
+        rows = torch.from_numpy(literal_pack(plain, 4, ()))
+        forms = {
+            Form(Kind.ROWS): rows,
+            Form(Kind.COLUMNS): rows.t().contiguous(),
+            Form(Kind.TILES, order): torch.from_numpy(literal_pack(plain.T, 4, order)),
+        }
+        for one, source in forms.items():
+            for two, target in forms.items():
+                given_words = strided(source, how[0])
+                out = strided(torch.zeros_like(target), how[1])
+                translate(one, two, given_words, out, len(plain))
+                assert torch.equal(out, target), (one, two)
+                assert torch.equal(given_words, source)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_columns_of_other_bits(bits: int) -> None:
+    plain = np.random.default_rng(bits).integers(0, 2**bits, (40, 1056), dtype=np.uint8)
+    rows = torch.from_numpy(literal_pack(plain, bits, ()))
+    found = torch.zeros_like(rows)
+    translate(Form(Kind.COLUMNS), Form(Kind.ROWS), rows.t().contiguous(), found, 40)
+    assert torch.equal(found, rows)
 
 
 @pytest.mark.parametrize("shape", [(416, 1056), (1056, 416), (130, 8224)])
@@ -147,12 +159,16 @@ def test_shares_large_matrices_among_threads(shape: tuple[int, int], bits: int) 
     assert torch.get_num_threads() == before
 
 
-def test_direct_route_equals_unpack_and_pack() -> None:
+def test_large_words_equal_unpack_and_pack() -> None:
     words_down = torch.randint(-(2**31), 2**31, (160, 2080), dtype=torch.int32)
     codes = unpack(words_down, 4, 1280, transposed=True)
     along = pack(codes, 4, transposed=False, codes_transposed=True, order=AWQ)
-    assert torch.equal(transpose_nibbles(words_down, transposed=True, order=AWQ), along)
-    assert torch.equal(transpose_nibbles(along, transposed=False, order=AWQ), words_down)
+    columns, tiled = Form(Kind.COLUMNS), Form(Kind.TILES, AWQ)
+    there, back = torch.zeros_like(along), torch.zeros_like(words_down)
+    translate(columns, tiled, words_down, there, 2080)
+    translate(tiled, columns, along, back, 2080)
+    assert torch.equal(there, along)
+    assert torch.equal(back, words_down)
 
 
 @pytest.mark.parametrize("bits", range(1, 8))
@@ -247,5 +263,3 @@ def test_wrong_arguments_are_refused() -> None:
         unpack(stored.to(torch.int64), 4, 32, transposed=False)
     with pytest.raises(ValueError, match="out is"):
         unpack(stored, 4, 32, transposed=False, out=codes.t())
-    with pytest.raises(ValueError, match="do not fill tiles"):
-        transpose_nibbles(stored, transposed=True)

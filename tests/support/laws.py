@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug_converters import codec
+from qplug_converters.blocks import blocks_of, rows_of
 from qplug_converters.checkpoint import Checkpoint, open_checkpoint
 from qplug_converters.codec import TORCH_DTYPES, decode, encode
 from qplug_converters.errors import QplugError
 from qplug_converters.format import Format
-from qplug_converters.job import blocks_of, rows_of
 from qplug_converters.layout import TensorSpec
 from qplug_converters.scheme import Kind, ModelScheme, Scheme
 from qplug_converters.shards import read_header
