@@ -12,6 +12,7 @@ from qplug_converters.errors import QplugError
 from qplug_converters.format import Format, Headers
 from qplug_converters.scheme import ModelScheme
 from qplug_converters.shards import read_json
+from qplug_converters.survey import survey
 
 from . import card
 from .engines import ENGINES, Outcome, judge_at, of_checkpoint
@@ -67,7 +68,7 @@ class Product:
         found, model = checkpoint.scheme(found)
         return cls(
             found,
-            model,
+            survey(checkpoint, found, model),
             checkpoint.config,
             checkpoint.block,
             checkpoint.headers,

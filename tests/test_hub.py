@@ -153,7 +153,7 @@ def test_what_passes_is_tried_again(
     qplug: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qplug.hub.WAITS", (0, 0))
+    monkeypatch.setattr("qplug.hub.source.WAITS", (0, 0))
     hub.add("them/model", uploaded(tmp_path / "model"))
     near = inspected(qplug, tmp_path / "model")
     hub.fail("/resolve/.*config.json", times=1, **fault)

@@ -72,7 +72,7 @@ def test_the_card(hub: FakeHub, awq: Path, qplug: Command) -> None:
     # 98,304 weights of linears; embedding, norms and the large tensor
     assert "| parameters | 1,115,072, of which 98,304 are quantized |" in text
     assert f"| size | {size:,} bytes in 3 files |" in text
-    assert "| quantized | 7 linears 4-bit g64; 4.312 bits a weight" in text
+    assert "| quantized | 7 linears 4-bit asym g64; 4.312 bits a weight" in text
     assert "| what happened | 7 linears EXACT |" in text
     assert "format `gptq`, by qplug" in text
     assert "vllm serve me/model --quantization qplug-awq" in text

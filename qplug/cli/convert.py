@@ -23,17 +23,27 @@ from .options import (
     new_folder,
     zero_rule_option,
 )
+from .push import base_model_option, pushed_json
+from .push import show as show_push
 from .signals import leaving
+from .source import Place, Remote, going_on, open_source, work_folder
 
 if TYPE_CHECKING:
+    from qplug_converters.checkpoint import Checkpoint
+    from qplug_converters.execute import Progress
     from qplug_converters.format import Format
     from qplug_converters.plan import Plan
     from qplug_converters.scheme import ModelScheme
+    from qplug_converters.verify import Certificate
+
+    from ..hub import Target
+    from ..publish import Product
+    from ..repository import Repository
 
 
 @click.command()
-@click.argument("src", type=Folder())
-@click.argument("dst", type=Folder())
+@click.argument("src", type=Place())
+@click.argument("dst", type=Folder(), required=False)
 @click.option(
     "--from",
     "source",
@@ -81,12 +91,19 @@ if TYPE_CHECKING:
     help="The worst that may happen to a weight.",
 )
 @max_shard_option
+@click.option(
+    "--push",
+    type=Remote(),
+    help="Upload the result to owner/name; without DST shard by shard, and nothing stays here.",
+)
+@click.option("--private", is_flag=True, help="With --push: as in `qplug push`.")
+@base_model_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--verify", "prove", is_flag=True, help="Read both again and compare every weight.")
 @json_option
 def command(
-    src: Path,
-    dst: Path,
+    src: Path | Repository,
+    dst: Path | None,
     source: Format | None,
     target: Format | None,
     reader: Wanted | None,
@@ -98,6 +115,9 @@ def command(
     zero_rule: str | None,
     allow: str,
     max_shard: int,
+    push: Repository | None,
+    private: bool,
+    base_model: Repository | None,
     dry_run: bool,
     prove: bool,
     as_json: bool,
@@ -106,8 +126,9 @@ def command(
 
     The plan says of each linear whether its bytes are copied, its weights stay exact, or are
     rounded within a stated bound; what is worse needs --allow. DST appears only when complete.
+    SRC is a folder, or owner/name[@revision] on the Hub: its shards come one by one, and the same
+    command goes on after a kill.
     """
-    from qplug_converters.checkpoint import open_checkpoint
     from qplug_converters.errors import QplugError
     from qplug_converters.look import looker
     from qplug_converters.plan import Verdict, Wishes, make_plan
@@ -115,15 +136,18 @@ def command(
 
     from ..choose_form import search
 
+    _check_places(dst, push, prove, private or base_model is not None)
     if (target is None) is (reader is None):
         raise click.UsageError("one of --to and --for says what DST is to be")
     if target is not None:
         _check_usage(target, bits, group_size, sym, dtype, tp)
     elif given := _given("bits", "group_size", "sym", "dtype", "tp", "allow"):
         raise click.UsageError(f"--for chooses an exact form by itself: leave out {given}")
-    if not dry_run:
-        dst = new_folder(src, dst)
-    checkpoint = open_checkpoint(src, zero_rule)
+    work = work_folder(src, dst, push)
+    if dst is not None and not dry_run:
+        dst = new_folder(src if isinstance(src, Path) else None, dst)
+        work = work_folder(src, dst, push)
+    checkpoint = open_source(src, zero_rule, work / "source" if work is not None else None)
     found, model = checkpoint.scheme(source)
     model = survey(checkpoint, found, model)
     look = looker(checkpoint, found, model)
@@ -150,7 +174,7 @@ def command(
             render.data(answer | {"refused": error.as_json()})
             return error.exit_code
         plan = form.plan
-        answer["command"] = reader.engine.command(form.facts, str(dst))
+        answer["command"] = reader.engine.command(form.facts, str(dst or (push and push.name)))
     if not as_json:
         _show(plan)
     answer["plan"] = plan_json(plan)
@@ -169,38 +193,120 @@ def command(
     if refusal is not None:
         raise refusal
 
-    from qplug_converters.execute import execute
-    from qplug_converters.verify import verify
-
-    from .verify import show
-
     code = 0
-    with leaving(dst, " but not verified" if prove else ""):
+    with going_on(work), leaving(dst, " but not verified" if prove else "", work):
+        to_hub = _target(push, private)
         started = time.perf_counter()
         with render.progress("convert") as progress:
-            execute(plan, checkpoint, dst, progress=progress, max_shard=max_shard)
+            product = _carry_out(
+                plan, checkpoint, dst, work, to_hub, keep=prove, progress=progress, most=max_shard
+            )
         answer["seconds"] = round(time.perf_counter() - started, 3)
-        answer["output"] = str(dst)
-        if not as_json:
-            render.say(f"wrote {dst} in {render.seconds(started)}")
-            _show_errors(dst)
-        if prove:
-            started = time.perf_counter()
-            with render.progress("verify") as progress:
-                # A copy keeps the zeros, and the config that does not say how they were stored.
-                kept = zero_rule if plan.copied_whole else None
-                one, two = open_checkpoint(src, zero_rule), open_checkpoint(dst, kept)
-                proof = verify(one, two, progress=progress)
-            answer["proof"] = proof.as_json()
+        if dst is not None:
+            answer["output"] = str(dst)
             if not as_json:
-                show(replace(proof, notes=()), started)  # the plan has shown them
-            promised = proof.verdict <= max(plan.verdict, Verdict.EXACT) and not proof.problems
-            code = 0 if promised else 3
+                render.say(f"wrote {dst} in {render.seconds(started)}")
+                _show_errors(dst)
+            if prove:
+                proof = _prove(plan, checkpoint, dst, zero_rule, as_json)
+                answer["proof"] = proof.as_json()
+                promised = proof.verdict <= max(plan.verdict, Verdict.EXACT) and not proof.problems
+                code = 0 if promised else 3
+        if to_hub is not None and code == 0:
+            base = base_model.name if base_model is not None else None
+            answer["pushed"] = _push(product, dst, to_hub, base, as_json)
     if reader is not None and not as_json:
         render.say(f"{reader.engine.title} takes it: {answer['command']}")
     if as_json:
         render.data(answer)
     return code
+
+
+def _target(push: Repository | None, private: bool) -> Target | None:
+    """Open the repository to push to; whether it may be written to is seen before any work."""
+    if push is None:
+        return None
+    from ..hub import Target, quiet
+
+    quiet(bars=False)
+    return Target(push, private)
+
+
+def _carry_out(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    dst: Path | None,
+    work: Path | None,
+    to_hub: Target | None,
+    *,
+    keep: bool,
+    progress: Progress | None,
+    most: int,
+) -> Product | None:
+    """Convert into DST, or, where there is none, upload shard by shard and return the rest."""
+    if work is None:
+        from qplug_converters.execute import execute
+
+        assert dst is not None
+        execute(plan, checkpoint, dst, progress=progress, max_shard=most)
+        return None
+    from ..stream import convert_to_folder, convert_to_hub
+
+    if dst is not None:
+        convert_to_folder(plan, checkpoint, dst, work, keep=keep, progress=progress, max_shard=most)
+        return None
+    assert to_hub is not None
+    return convert_to_hub(
+        plan, checkpoint, to_hub, work, progress=progress, say=render.say, max_shard=most
+    )
+
+
+def _prove(
+    plan: Plan, checkpoint: Checkpoint, dst: Path, zero_rule: str | None, as_json: bool
+) -> Certificate:
+    """Read both again and compare every weight."""
+    from qplug_converters.checkpoint import open_checkpoint
+    from qplug_converters.verify import verify
+
+    from .verify import show
+
+    started = time.perf_counter()
+    with render.progress("verify") as progress:
+        # A copy keeps the zeros, and the config that does not say how they were stored.
+        kept = zero_rule if plan.copied_whole else None
+        one, two = open_checkpoint(checkpoint.source, zero_rule), open_checkpoint(dst, kept)
+        proof = verify(one, two, progress=progress)
+    if not as_json:
+        show(replace(proof, notes=()), started)  # the plan has shown them
+    return proof
+
+
+def _push(
+    product: Product | None, dst: Path | None, to_hub: Target, base: str | None, as_json: bool
+) -> dict[str, Any]:
+    """Commit what was uploaded shard by shard, or upload DST."""
+    from qplug_converters.checkpoint import open_checkpoint
+
+    from ..publish import Product, publish
+
+    started = time.perf_counter()
+    if product is None:
+        assert dst is not None
+        product = Product.of(open_checkpoint(dst))
+    pushed = publish(product, to_hub, base_model=base, say=None if as_json else render.say)
+    if not as_json:
+        show_push(pushed, started)
+    return pushed_json(pushed, started)
+
+
+def _check_places(dst: Path | None, push: Repository | None, prove: bool, about_push: bool) -> None:
+    """Refuse a conversion to nowhere, and what needs a folder or a repository where none is."""
+    if dst is None and push is None:
+        raise click.UsageError("Missing argument 'DST': or give --push owner/name")
+    if dst is None and prove:
+        raise click.UsageError("--verify reads the result again, and needs DST")
+    if push is None and about_push:
+        raise click.UsageError("--private and --base-model are about --push")
 
 
 def _given(*names: str) -> str:

@@ -94,13 +94,13 @@ def check_bits(target: Format, bits: int) -> None:
         raise click.BadParameter(f"{target.name} holds {offered}, not {bits}", param_hint="--bits")
 
 
-def new_folder(source: Path, target: Path) -> Path:
+def new_folder(source: Path | None, target: Path) -> Path:
     """Return the folder to write, `x/..` taken out of it; refuse one that cannot be new.
 
     Raises
     ------
     QplugError
-        If it exists, or lies inside the source, which nothing may change.
+        If it exists, or lies inside the source folder, which nothing may change.
     """
     from qplug_converters.errors import QplugError
 
@@ -115,7 +115,8 @@ def new_folder(source: Path, target: Path) -> Path:
                 "a new name",
                 "remove it first, or choose another name",
             )
-        inside = (target.parent.resolve() / target.name).is_relative_to(source.resolve())
+        real = target.parent.resolve() / target.name
+        inside = source is not None and real.is_relative_to(source.resolve())
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         found = (isinstance(error, OSError) and error.strerror) or "a link to itself"
         raise QplugError(found, str(target), "a new folder", "choose another place") from None

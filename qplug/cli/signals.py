@@ -58,14 +58,17 @@ class Signals:
 
 
 @contextlib.contextmanager
-def leaving(target: Path, remark: str = "") -> Iterator[None]:
-    """Say of an interrupt in the body what it left: `target`, complete, or nothing.
+def leaving(target: Path | None, remark: str = "", work: Path | None = None) -> Iterator[None]:
+    """Say of an interrupt in the body what it left: `target`, complete, or `work`, or nothing.
 
     `target` did not exist before the body, and appears only when complete.
     """
     try:
         yield
     except KeyboardInterrupt:
-        if os.path.lexists(target):
+        if target is not None and os.path.lexists(target):
             raise Interrupted(f"{target} is complete{remark}") from None
+        if work is not None and work.exists():
+            kept = f"what is finished stays in {work}, and the same command goes on"
+            raise Interrupted(kept) from None
         raise Interrupted("nothing was left behind") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from . import render
 from .options import Folder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qplug_converters.checkpoint import Checkpoint
 
 
@@ -56,3 +60,30 @@ def open_source(
 
     quiet(bars=False)
     return open_checkpoint(HubSource(src, work, render.say), zero_rule)
+
+
+def work_folder(src: Path | Repository, dst: Path | None, push: Repository | None) -> Path | None:
+    """Return where a conversion keeps what makes it able to go on; `None`: it keeps nothing.
+
+    Beside DST, or, where there is none, in the working directory.
+    """
+    if dst is None:
+        assert push is not None
+        return Path(f".{push.name.replace('/', '--')}.qplug-push")
+    return None if isinstance(src, Path) else dst.parent / f".{dst.name}.qplug-work"
+
+
+@contextlib.contextmanager
+def going_on(work: Path | None) -> Iterator[None]:
+    """Say of an error in the body what stays in `work`; remove that when all went well."""
+    from qplug_converters.errors import QplugError
+
+    try:
+        yield
+    except QplugError as error:
+        if work is not None and work.exists():
+            kept = f"what is finished stays in {work}, and the same command goes on"
+            error.fix = f"{error.fix}; {kept}" if error.fix else kept
+        raise
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)

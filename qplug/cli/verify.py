@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING
 import click
 
 from . import render
-from .options import Folder, json_option, zero_rule_option
+from .options import json_option, zero_rule_option
+from .source import Place, open_source
 
 if TYPE_CHECKING:
     from qplug_converters.verify import Certificate
+
+    from ..repository import Repository
 
 MOST_LINES = 20
 
 
 @click.command()
-@click.argument("a", type=Folder())
-@click.argument("b", type=Folder())
+@click.argument("a", type=Place())
+@click.argument("b", type=Place())
 @click.option(
     "--allow",
     type=click.Choice(["exact", "rounded"]),
@@ -29,17 +32,19 @@ MOST_LINES = 20
 )
 @zero_rule_option
 @json_option
-def command(a: Path, b: Path, allow: str, zero_rule: str | None, as_json: bool) -> int:
+def command(
+    a: Path | Repository, b: Path | Repository, allow: str, zero_rule: str | None, as_json: bool
+) -> int:
     """Compare checkpoints A and B, in whatever layouts; exit 3 if they differ.
 
+    Either is a folder, or owner/name[@revision] on the Hub, fetched into the Hub's cache.
     --zero-rule is about A: what `qplug convert --zero-rule` took for its source.
     """
-    from qplug_converters.checkpoint import open_checkpoint
     from qplug_converters.plan import Verdict
     from qplug_converters.verify import verify
 
     started = time.perf_counter()
-    first, second = open_checkpoint(a, zero_rule), open_checkpoint(b)
+    first, second = open_source(a, zero_rule), open_source(b)
     with render.progress("verify") as progress:
         proof = verify(first, second, progress=progress)
     if as_json:

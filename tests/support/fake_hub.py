@@ -13,7 +13,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -142,6 +142,8 @@ class FakeHub:
         self.asked: list[Asked] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
+        self.watch: Callable[[], None] = lambda: None
+        """Called at each request, before it is answered."""
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, large)) for large in
                          (False, True)]  # fmt: skip
         self.endpoint, self.storage = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
@@ -227,6 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.large,
         )
         self.hub.asked.append(self.asked)
+        self.hub.watch()
         self.fault = self.hub.fault(f"{self.command} {unquote(url.path)}")
         try:
             if self.fault is not None:
