@@ -15,10 +15,14 @@ from builders import Draft
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .cases import assert_same, label, pairs, reference
+from .cases import assert_same, different, label, pairs, reference
 from .peers import Asked
 
 pytestmark = pytest.mark.peer
+
+Read = Callable[..., dict[str, Tensor]]
+Convert = Callable[..., Path]
+Dense = Callable[[Path], dict[str, Tensor]]
 
 GOLDENS = {
     "gptqmodel": (
@@ -40,6 +44,7 @@ GOLDENS = {
         "awq-gemm-g128",
         "awq-gemm-g32-bias",
         "awq-gemv-g64",
+        "awq-gemv_fast-g64",
         "autoround-autoawq-sym-g64",
     ),
     "compressed-tensors": (
@@ -63,6 +68,7 @@ WRITTEN = {
         "autogptq-4b-sym-ragged-g96 --group-size 32",
         "awq-gemm-g128 --bits 8",
         "awq-gemm-g32-bias --bits 8",
+        "awq-gemv-g64 --bits 8",
         "autoround-autoawq-sym-g64",
         "ct-int3-sym-g128",
         "ct-int4-sym-g128-kv-fp8",
@@ -87,13 +93,27 @@ WRITTEN = {
         "gptq-4b-sym-channel",
         "gptq_v2-4b-asym-g64",
         "autogptq-4b-sym-ragged-g96 --group-size 32",
+        "gptq-4b-sym-g128 --tp 4",
         "awq-gemm-g32-bias",
+        "awq-gemv-g64",
         "autoround-autoawq-sym-g64",
         "ct-int3-asym-g128-fields",
         "ct-int4-asym-channel",
         "ct-int4-sym-g128-kv-fp8",
     ),
     ("gptqmodel", "awq"): ("gptq-4b-asym-g64", "gptq-moe-mixtral-4b-g64", "ct-int4-asym-g64"),
+    ("autoawq", "awq_gemv"): (
+        "gptq-3b-asym-g128",
+        "gptq-4b-asym-g64",
+        "awq-gemm-g128",
+        "awq-gemm-g32-bias",
+        "ct-int4-asym-g64",
+    ),
+    ("autoawq", "awq_gemv_fast"): (
+        "gptq-4b-sym-g128",
+        "autoround-autoawq-sym-g64",
+        "ct-int4-sym-g128-kv-fp8",
+    ),
     ("compressed-tensors", "compressed-tensors"): (
         "gptq-2b-asym-g32",
         "gptq-3b-asym-g128",
@@ -106,39 +126,68 @@ WRITTEN = {
         "autogptq-3b-sym-g64",
         "awq-gemm-g128",
         "awq-gemm-g32-bias",
+        "awq-gemv-g64",
         "ct-int3-asym-g128-fields",
         "ct-int4-asym-channel",
     ),
 }
 """By tool and format, what is converted without loss, with options."""
+ROUNDED = {
+    # The zero points of GEMV_FAST are float16 products.
+    ("autoawq", "awq_gemv_fast"): ("gptq-4b-asym-g64", "awq-gemm-g32-bias", "ct-int4-asym-g64"),
+}
+"""By tool and format, what is converted within a bound."""
+REQUANTIZED = {
+    ("autoawq", "awq"): ("gptq-4b-sym-g64-actorder", "gptq-8b-sym-g128"),
+    ("compressed-tensors", "compressed-tensors"): ("ct-int4-asym-g64-gidx",),
+}
+"""By tool and format, what gets new codes."""
 
 
 @pytest.mark.parametrize(("name", "source"), pairs(GOLDENS), ids=label)
-def test_golden(
-    name: str, source: str, read: Callable[..., dict[str, Tensor]], golden: Path
-) -> None:
+def test_golden(name: str, source: str, read: Read, golden: Path) -> None:
     assert_same(read(name, golden / source), reference(golden / source))
 
 
 @pytest.mark.parametrize(("how", "source"), pairs(WRITTEN), ids=label)
 def test_written(
-    how: tuple[str, str],
-    source: str,
-    read: Callable[..., dict[str, Tensor]],
-    qplug: Callable[..., Path],
-    golden: Path,
+    how: tuple[str, str], source: str, read: Read, qplug: Convert, golden: Path
 ) -> None:
     (name, to), (source, *options) = how, source.split()
     found = read(name, qplug(golden / source, to, *options))
     assert_same(found, reference(golden / source))
 
 
+@pytest.mark.parametrize(("how", "source"), pairs(ROUNDED), ids=label)
+def test_rounded(
+    how: tuple[str, str], source: str, read: Read, qplug: Convert, dense: Dense, golden: Path
+) -> None:
+    """The tool reads what qplug reads, and that is near what it was made of."""
+    name, to = how
+    folder = qplug(golden / source, to)
+    found, ours, expected = read(name, folder), dense(folder), reference(golden / source)
+    assert_same(found, {name: ours[name] for name in expected})
+    assert different(found, expected)
+    for name, weight in found.items():
+        # Half a unit in the last place of float16, of a zero point of 15 steps.
+        assert (weight - expected[name]).abs().max() <= 2**-11 * expected[name].abs().max() * 2
+
+
+@pytest.mark.parametrize(("how", "source"), pairs(REQUANTIZED), ids=label)
+def test_requantized(
+    how: tuple[str, str], source: str, read: Read, qplug: Convert, dense: Dense, golden: Path
+) -> None:
+    name, to = how
+    folder = qplug(golden / source, to, "--allow", "requantized")
+    found, ours, expected = read(name, folder), dense(folder), reference(golden / source)
+    assert_same(found, {name: ours[name] for name in expected})
+    assert different(found, expected)
+
+
 @pytest.mark.parametrize(
     "source", ["gptq-4b-asym-g64", "gptq-8b-sym-g128", "awq-gemm-g32-bias", "autogptq-3b-sym-g64"]
 )
-def test_loaded_by_transformers(
-    source: str, read: Callable[..., dict[str, Tensor]], qplug: Callable[..., Path], golden: Path
-) -> None:
+def test_loaded_by_transformers(source: str, read: Read, qplug: Convert, golden: Path) -> None:
     """Transformers decompresses in the dtype of the scales: one rounding to float16."""
     found = read("compressed-tensors", qplug(golden / source, "compressed-tensors"), "load")
     expected = reference(golden / source)
@@ -149,7 +198,7 @@ def test_loaded_by_transformers(
 def test_compressed_tensors_converts_awq_to_the_same_bytes(
     source: str,
     tool: Callable[[str], Asked],
-    qplug: Callable[..., Path],
+    qplug: Convert,
     tmp_path: Path,
 ) -> None:
     folder = Draft.of(source).save(tmp_path / "awq")
