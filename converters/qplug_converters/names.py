@@ -66,6 +66,9 @@ DEFUSED = ("mlp", "proj")
 
 READS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "awq": (ORIGINAL,),
+    "awq_gemv": (ORIGINAL,),
+    "awq_gemv_fast": (ORIGINAL,),
+    "llm_awq": (ORIGINAL,),
     "compressed-tensors": (ORIGINAL, LINEARIZED),
     "dense": (ORIGINAL,),
     "gptq": (DEFUSED,),

@@ -27,6 +27,8 @@ MODULES = (
     "survey",
     "names",
     "patterns",
+    "config_groups",
+    "formats.compressed_tensors",
     "stacked",
     "plan",
     "writer",
