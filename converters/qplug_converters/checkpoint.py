@@ -201,6 +201,15 @@ class Checkpoint:
         return whole, present[0][1]
 
     @property
+    def model_type(self) -> str | None:
+        """What config.json, or its text_config, calls the architecture."""
+        text = self.config.get("text_config")
+        for place in (text, self.config):
+            if isinstance(place, dict) and isinstance(place.get("model_type"), str):
+                return str(place["model_type"])
+        return None
+
+    @property
     def side_configs(self) -> list[str]:
         """Names of the config files that old tools wrote beside config.json."""
         return [name for name in SIDE_CONFIGS if name in self._names]

@@ -136,7 +136,7 @@ class Conversion:
         return {self.step.source.kind, self.step.target.kind} == {Kind.AFFINE}
 
     def _name(self, part: Part) -> str:
-        return f"{self.step.module}.{part.name}"
+        return f"{self.step.written}.{part.name}"
 
     # By blocks --------------------------------------------------------------------------------
 

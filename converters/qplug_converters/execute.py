@@ -86,6 +86,7 @@ def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "target": plan.target.name,
         "verdict": plan.verdict.name,
+        "renamed": {name: list(new) for name, new in plan.renamed.items()},
         "linears": {step.module: step.as_json() for step in plan.steps},
         "tensors": {},
     }

@@ -127,7 +127,8 @@ def tasks_of(plan: Plan, checkpoint: Checkpoint) -> list[tuple[Task, dict[str, T
             rows, spec = plan.padded.get(name, 0), location.spec
             if rows:
                 spec = TensorSpec(spec.dtype, (rows, *spec.shape[1:]))
-            tasks.append((Copy(name, location, sorted_by, rows), {name: spec}))
+            for new in plan.renamed.get(name, (name,)):
+                tasks.append((Copy(new, location, sorted_by, rows), {new: spec}))
             continue
         step = owner[name]
         if step.module in begun:
@@ -138,8 +139,8 @@ def tasks_of(plan: Plan, checkpoint: Checkpoint) -> list[tuple[Task, dict[str, T
         reads = {n.removeprefix(f"{step.module}."): checkpoint.locations[n] for n in names}
         specs = {}
         for part_name, spec in target.specs(step.target.sizes).items():
-            new = f"{step.module}.{part_name}"
-            if new in checkpoint.locations and new not in owner:
+            new = f"{step.written}.{part_name}"
+            if new in checkpoint.locations and new not in owner and new not in plan.renamed:
                 raise QplugError(
                     "a tensor that the target needs for something else",
                     new,

@@ -16,6 +16,7 @@ from .block import stated_group_size
 from .errors import QplugError, Refused
 from .families import MEMBERS, families
 from .format import Format, Headers
+from .names import renames
 from .route import Look, divides, find_route
 from .scheme import ModelScheme, Scheme
 from .verdict import ALONE, Move, Place, Step, Verdict, Wishes
@@ -32,7 +33,8 @@ class Plan:
     `stated`, of a plan that copies everything, are keys that the config is to state otherwise
     (`None`: to leave out), in config.json.
     `widened` are MLPs' inner widths that zeros are added to [X9], by the width before, and
-    `padded` biases of such MLPs, by their new length.
+    `padded` biases of such MLPs, by their new length. `renamed` are modules and tensors that
+    readers of the target call otherwise (two names for a scale of keys and values).
     """
 
     source: Format
@@ -44,6 +46,7 @@ class Plan:
     stated: Mapping[str, Any] | None = None
     widened: Mapping[int, int] = field(default_factory=dict)
     padded: Mapping[str, int] = field(default_factory=dict)
+    renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -63,8 +66,9 @@ class Plan:
     @property
     def goal(self) -> ModelScheme:
         """The scheme of the converted model."""
-        linears = {step.module: step.target for step in self.steps}
-        return replace(self.model, format=self.target.name, linears=linears)
+        linears = {step.written: step.target for step in self.steps}
+        dense = tuple(self.renamed.get(name, (name,))[0] for name in self.model.dense)
+        return replace(self.model, format=self.target.name, linears=linears, dense=dense)
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -112,12 +116,14 @@ def make_plan(
     wishes: Wishes | None = None,
     *,
     headers: Headers | None = None,
+    model_type: str | None = None,
     look: Look | None = None,
 ) -> Plan:
     """Decide what happens to each linear of a surveyed model.
 
-    With `headers`, all the tensors of the checkpoint, act order is absorbed where that is exact;
-    with `look`, which reads the codes of one linear, zeros are shifted where the codes leave room.
+    With `headers`, all the tensors of the checkpoint, act order is absorbed where that is exact,
+    and tensors are called what readers of the target call them in a `model_type`; with `look`,
+    which reads the codes of one linear, zeros are shifted where the codes leave room.
 
     Raises
     ------
@@ -178,6 +184,10 @@ def make_plan(
         for tensor in (f"{name}.weight", f"{name}.bias")
         if headers is not None and tensor in headers
     }
+    new_names = _renamed(source, model, target, headers or {}, model_type)
+    steps = tuple(
+        replace(s, name=new_names[s.module][0]) if s.module in new_names else s for s in steps
+    )
     padded = {
         f"{name}.bias": place.out_features
         for name, place in places.items()
@@ -192,7 +202,21 @@ def make_plan(
         reordered=reordered,
         widened=widened,
         padded=padded,
+        renamed=new_names,
     )
+
+
+def _renamed(
+    source: Format, model: ModelScheme, target: Format, headers: Headers, model_type: str | None
+) -> dict[str, tuple[str, ...]]:
+    """Return new names of linears, and of tensors and modules that belong to none."""
+    mine = {
+        f"{module}.{part.name}"
+        for module, scheme in model.linears.items()
+        for part in source.layout(scheme)
+    }
+    others = [name for name in headers if name not in mine]
+    return renames([*model.linears, *model.dense, *others], model_type, target.name)
 
 
 def _widened(

@@ -80,7 +80,8 @@ class Step:
     """What happens to one linear.
 
     `rows_from` names the linear whose `g_idx` gives the order of this one's output rows, where
-    that one's act order is absorbed [X5b].
+    that one's act order is absorbed [X5b]. `name` is what readers of the target call the linear,
+    where that is another name.
     """
 
     module: str
@@ -91,6 +92,12 @@ class Step:
     reason: str = ""
     fix: str = ""
     rows_from: str = ""
+    name: str = ""
+
+    @property
+    def written(self) -> str:
+        """The name under which the linear is written."""
+        return self.name or self.module
 
     @property
     def padding(self) -> int:
@@ -112,6 +119,8 @@ class Step:
             "moves": [str(move) for move in self.moves],
             "reason": self.reason,
         }
+        if self.name:
+            found["name"] = self.name
         if self.rows_from:
             found["rows_from"] = self.rows_from
         if self.padding:

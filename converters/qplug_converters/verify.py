@@ -22,8 +22,9 @@ from .compare import SAME, Rows, columns, compare, dense
 from .errors import QplugError
 from .families import families, widened
 from .format import Format
-from .layout import Holds, Layout
+from .layout import Holds, Layout, TensorSpec
 from .moves import column_order
+from .names import normal
 from .scheme import ModelScheme, Scheme
 from .survey import survey
 from .threads import workers
@@ -87,6 +88,8 @@ class Certificate:
 class Side:
     """One of the two checkpoints, with what it says of its linears.
 
+    Linears and tensors are known by names of their roles (`names.normal`); `own` has the names of
+    the file.
     `orders` and `columns` are orders in which output rows and inputs of linears are to be taken,
     and `padded` linears with features of zeros that the other side lacks.
     """
@@ -94,7 +97,8 @@ class Side:
     checkpoint: Checkpoint
     format: Format | None
     model: ModelScheme | None
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    layouts: dict[str, Layout]
+    own: dict[str, str]
     orders: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     padded: set[str] = field(default_factory=set)
@@ -102,12 +106,27 @@ class Side:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Side:
         """Read and survey a checkpoint; a dense one has no format."""
+        own = {new: name for name in checkpoint.headers for new in normal(name)}
         if checkpoint.detect().read is None:
-            return cls(checkpoint, None, None)
+            return cls(checkpoint, None, None, {}, own)
         found, model = checkpoint.scheme()
         model = survey(checkpoint, found, model)
-        layouts = {name: found.layout(scheme) for name, scheme in model.linears.items()}
-        return cls(checkpoint, found, model, layouts)
+        own |= {normal(name)[0]: name for name in model.linears}
+        linears = {normal(name)[0]: scheme for name, scheme in model.linears.items()}
+        layouts = {name: found.layout(scheme) for name, scheme in linears.items()}
+        dense = tuple(normal(name)[0] for name in model.dense)
+        model = replace(model, linears=linears, dense=dense)
+        return cls(checkpoint, found, model, layouts, own)
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor by the name of its role."""
+        headers = self.checkpoint.headers
+        return {new: headers[name] for new, name in self.own.items() if name in headers}
+
+    def spec(self, name: str) -> TensorSpec | None:
+        """Return dtype and shape of a tensor, if it is here."""
+        return self.checkpoint.headers.get(self.own[name]) if name in self.own else None
 
     def scheme(self, module: str) -> Scheme | None:
         """Return the scheme of a module if it is quantized here."""
@@ -118,7 +137,7 @@ class Side:
         scheme = self.scheme(module)
         if scheme is not None:
             return scheme.out_features, scheme.in_features
-        spec = self.checkpoint.headers.get(f"{module}.weight")
+        spec = self.spec(f"{module}.weight")
         return None if spec is None or len(spec.shape) != 2 else (spec.shape[0], spec.shape[1])
 
     def rows(self, module: str, start: int, stop: int) -> Rows:
@@ -126,10 +145,10 @@ class Side:
         scheme, order = self.scheme(module), self.orders.get(module)
         if scheme is not None:
             found: Rows = read_rows(
-                self.checkpoint, self.layouts[module], scheme, module, start, stop, order
+                self.checkpoint, self.layouts[module], scheme, self.own[module], start, stop, order
             )
         else:
-            whole = self.checkpoint.tensor(f"{module}.weight")
+            whole = self.checkpoint.tensor(self.own[f"{module}.weight"])
             if not whole.is_floating_point() or whole.dtype not in TORCH_DTYPES.values():
                 raise QplugError(str(whole.dtype), f"{module}.weight", "a floating-point weight")
             found = whole[start:stop] if order is None else whole[order[start:stop]]
@@ -139,14 +158,14 @@ class Side:
     def other(self, name: str) -> Tensor:
         """Return a tensor of no quantized linear, its rows in the order that is to be taken."""
         order = self.orders.get(name.rpartition(".")[0])
-        tensor = self.checkpoint.tensor(name)
+        tensor = self.checkpoint.tensor(self.own[name])
         return tensor if order is None else tensor.index_select(0, order)
 
-    def rest(self, modules: set[str]) -> dict[str, str]:
+    def rest(self, modules: set[str]) -> dict[str, TensorSpec]:
         """Return the tensors that belong to none of the linears compared."""
         mine = {n for m, layout in self.layouts.items() for n in stored_names(layout, m)}
         dense = {f"{m}.weight" for m in modules if m not in self.layouts}
-        return {n: n for n in self.checkpoint.headers if n not in mine | dense}
+        return {name: spec for name, spec in self.tensors.items() if name not in mine | dense}
 
 
 def verify(
@@ -201,7 +220,9 @@ def verify(
 
 def _bytes_differ(a: Side, b: Side, name: str) -> str:
     """Say how a tensor of no quantized linear differs, if it does."""
-    one, two = a.checkpoint.headers[name], b.checkpoint.headers[name]
+    one, two = a.spec(name), b.spec(name)
+    assert one is not None
+    assert two is not None
     module = name.rpartition(".")[0]
     longer = module in b.padded and one.shape[1:] == two.shape[1:] and one.shape < two.shape
     if one.dtype != two.dtype or (one.shape != two.shape and not longer):
@@ -211,7 +232,7 @@ def _bytes_differ(a: Side, b: Side, name: str) -> str:
         same = torch.equal(left.view(torch.uint8), right[: len(left)].view(torch.uint8))
         same = same and not bool(right[len(left) :].any())
     else:
-        same = a.checkpoint.raw(name) == b.checkpoint.raw(name)
+        same = a.checkpoint.raw(a.own[name]) == b.checkpoint.raw(b.own[name])
     return "" if same else "the bytes differ"
 
 
@@ -304,14 +325,14 @@ def _correspond(a: Side, b: Side) -> dict[int, int]:
     """
     widths: dict[int, int] = {}
     modules = [*a.layouts, *b.layouts, *(a.model.dense if a.model else ())]
-    for last, names in families(modules, a.checkpoint.headers).items():
+    for last, names in families(modules, a.tensors).items():
         for side, other in ((a, b), (b, a)):
             scheme, plain = side.scheme(last), other.scheme(last)
             if scheme is None or not scheme.act_order or (plain is not None and plain.act_order):
                 continue
             part = side.layouts[last].part(Holds.G_IDX)
             assert part is not None
-            order = column_order(side.checkpoint.tensor(f"{last}.{part.name}"))
+            order = column_order(side.checkpoint.tensor(f"{side.own[last]}.{part.name}"))
             step = side.layouts[last].row_step(scheme.sizes)
             mine, theirs = (s.rows(last, 0, min(step, scheme.out_features)) for s in (side, other))
             inp = torch.arange(scheme.in_features)

@@ -153,7 +153,15 @@ def command(
     look = looker(checkpoint, found, model)
 
     def make(model: ModelScheme, target: Format, wishes: Wishes) -> Plan:
-        return make_plan(found, model, target, wishes, headers=checkpoint.headers, look=look)
+        return make_plan(
+            found,
+            model,
+            target,
+            wishes,
+            headers=checkpoint.headers,
+            model_type=checkpoint.model_type,
+            look=look,
+        )
 
     answer: dict[str, Any] = {}
     if target is not None:

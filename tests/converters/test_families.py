@@ -59,6 +59,7 @@ def planned(checkpoint: Checkpoint, to: str, wishes: Wishes | None = None) -> Pl
         formats.find(to),
         wishes,
         headers=checkpoint.headers,
+        model_type=checkpoint.model_type,
         look=looker(checkpoint, found, model),
     )
 
