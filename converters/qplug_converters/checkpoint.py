@@ -13,6 +13,7 @@ from typing import Any
 from . import formats, names, zeros
 from .errors import QplugError, Unsupported, raise_all
 from .format import Format
+from .places import merged, of_model_config
 from .scheme import ModelScheme
 from .shards import MAX_HEADER, Shards, parse_json
 from .source import PICKLES, REPAIR, Folder, Source, Span, plain
@@ -60,7 +61,10 @@ class Checkpoint:
         self.unstacked = apart is not None
         if apart is not None:
             shards.present(apart)
-        self.block, self.block_where = self._find_block()
+        sides = [(self.read_json(name), name) for name in self.side_configs]
+        self.block, self.block_where, self._block_notes = merged(
+            [*of_model_config(self.config), *sides]
+        )
 
     # Files ------------------------------------------------------------------------------------
 
@@ -171,35 +175,6 @@ class Checkpoint:
 
     # Config -----------------------------------------------------------------------------------
 
-    def _find_block(self) -> tuple[dict[str, Any] | None, str]:
-        """Find the quantization config: config.json, its text_config, and old side files.
-
-        Where several say something, the first place counts, and the others fill what it leaves
-        out: Transformers drops keys (`dynamic`, `meta`) that a side file still has.
-        """
-        places: list[tuple[Any, str]] = [
-            (self.config.get("quantization_config"), "config.json quantization_config"),
-            (self.config.get("compression_config"), "config.json compression_config"),
-        ]
-        text = self.config.get("text_config")
-        if isinstance(text, dict):
-            places.append((text.get("quantization_config"), "config.json text_config"))
-        places += [(self.read_json(name), name) for name in self.side_configs]
-        present = [(block, where) for block, where in places if block is not None]
-        for block, where in present:
-            if not isinstance(block, dict):
-                raise QplugError(f"{block!r}", where, "a JSON object", "correct the config")
-        for block, where in present[1:]:
-            self._compare(present[0][0], present[0][1], block, where)
-        if not present:
-            return None, "nowhere"
-        whole: dict[str, Any] = {}
-        for block, _ in present:
-            for key, value in block.items():
-                if whole.get(key) is None:
-                    whole[key] = value
-        return whole, present[0][1]
-
     @property
     def model_type(self) -> str | None:
         """What config.json, or its text_config, calls the architecture."""
@@ -213,34 +188,6 @@ class Checkpoint:
     def side_configs(self) -> list[str]:
         """Names of the config files that old tools wrote beside config.json."""
         return [name for name in SIDE_CONFIGS if name in self._names]
-
-    @staticmethod
-    def _compare(first: dict[str, Any], at: str, second: dict[str, Any], where: str) -> None:
-        """Refuse two config blocks that disagree on what decides the weights."""
-        aliases = (
-            ("quant_method", "method"),
-            ("bits", "w_bit"),
-            ("group_size", "q_group_size"),
-            ("sym",),
-            ("zero_point",),
-            ("checkpoint_format",),
-            ("version",),
-        )
-
-        def plain(value: Any) -> Any:
-            return value.lower() if isinstance(value, str) else value
-
-        for keys in aliases:
-            one, two = (
-                next((b[k] for k in keys if b.get(k) is not None), None) for b in (first, second)
-            )
-            if one is not None and two is not None and plain(one) != plain(two):
-                raise QplugError(
-                    f"{keys[0]} {one!r} in {at} and {two!r} in {where}",
-                    "the configs",
-                    "the same in both",
-                    "remove the wrong one",
-                )
 
     # Meaning ----------------------------------------------------------------------------------
 
@@ -301,7 +248,7 @@ class Checkpoint:
 
     def _oddities(self, model: ModelScheme) -> list[str]:
         """Return what is odd about the folder, one sentence each."""
-        notes = []
+        notes = [*self._block_notes]
         if left := self.left_behind:
             notes.append(f"not part of the model, and not carried along: {', '.join(left)}")
         if self.block and not (self.block.get("quant_method") or self.block.get("method")):

@@ -103,6 +103,7 @@ CASES: dict[str, tuple[str, Change]] = {
     "AWQ with biases": ("awq-gemm-g32-bias", as_it_is),
     "AWQ without zero_point": (AWQ, block(zero_point=...)),
     "AWQ of AutoRound": ("autoround-autoawq-sym-g64", as_it_is),
+    "AWQ GEMV": ("awq-gemv-g64", as_it_is),
     "AWQ, aliases": (
         AWQ,
         block(w_bit=4, q_group_size=128, bits=..., group_size=...),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import render
-from .options import format_name, json_option, zero_rule_option
+from .options import Folder, format_name, json_option, zero_rule_option
 from .source import Place, open_source
 
 if TYPE_CHECKING:
@@ -25,7 +25,16 @@ MOST_NAMED = 3
 
 
 @click.command()
-@click.argument("src", type=Place())
+@click.argument("src", type=Place(), required=False)
+@click.option(
+    "--config",
+    "configs",
+    type=Folder(),
+    multiple=True,
+    metavar="FILE",
+    help="Judge a config alone, without SRC: config.json, a side file, a bare block. Several may "
+    "be given: do they agree?",
+)
 @click.option(
     "--from",
     "source",
@@ -37,17 +46,30 @@ MOST_NAMED = 3
 @zero_rule_option
 @json_option
 def command(
-    src: Path | Repository, source: Format | None, zeros: bool, zero_rule: str | None, as_json: bool
+    src: Path | Repository | None,
+    configs: tuple[Path, ...],
+    source: Format | None,
+    zeros: bool,
+    zero_rule: str | None,
+    as_json: bool,
 ) -> None:
     """Show format, schemes, act order and contradictions of the checkpoint in SRC.
 
     SRC is a folder, or owner/name[@revision] on the Hub: then its headers alone are read. A table
     says what stock engines do with it, version by version, and what they do with qplug.
+    With --config, what a config alone tells; what only tensors decide is said.
     """
     from qplug_converters.survey import histogram, survey
 
     from ..engines import ENGINES, judge, of_checkpoint
 
+    if (src is None) is not bool(configs):
+        raise click.UsageError("one of SRC and --config says what to inspect")
+    if src is None:
+        if source is not None or zeros or zero_rule is not None:
+            raise click.UsageError("--from, --zeros and --zero-rule are about tensors, not configs")
+        _judge(configs, as_json)
+        return
     checkpoint = open_source(src, zero_rule)
     stored = sum(spec.nbytes for spec in checkpoint.headers.values())
     found = checkpoint.detect(source)
@@ -82,6 +104,42 @@ def command(
     show_engines(answers)
     for note in model.notes:
         render.warn(note)
+
+
+def _judge(configs: tuple[Path, ...], as_json: bool) -> None:
+    """Show what configs say, judged without tensors."""
+    from qplug_converters.judge import judge as judge_configs
+    from qplug_converters.shards import read_json
+
+    from ..engines import ENGINES, judge, of_config
+
+    found = judge_configs({path.name: read_json(path) for path in configs})
+    base = found.claim.base
+    answer = {
+        "config": found.where,
+        "format": found.format.name,
+        "producer": found.claim.producer,
+        "bits": base.bits,
+        "group_size": base.group_size,
+        "sym": base.sym,
+        "desc_act": base.desc_act and base.group_size != -1,
+        "lm_head": found.claim.lm_head,
+        "notes": list(found.notes),
+    }
+    facts = of_config(found.claim, found.block, found.where)
+    answers = [one for engine in ENGINES for one in judge(engine, facts)]
+    if as_json:
+        render.data(answer | {"engines": [one.as_json() for one in answers]})
+        return
+    shown = {k: v for k, v in answer.items() if k != "notes" and v is not None and v != ""}
+    render.record({k.replace("_", " "): _plain(v) for k, v in shown.items()})
+    show_engines(answers)
+    for note in found.notes:
+        render.warn(note)
+
+
+def _plain(value: object) -> object:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _of_linears(found: Format, model: ModelScheme) -> dict[str, Any]:

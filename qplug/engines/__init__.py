@@ -6,7 +6,7 @@ rules nothing is claimed. `docs/engines.md` is written from here. Nothing here i
 or torch.
 """
 
-from .facts import Facts, of_checkpoint, of_converted
+from .facts import Facts, of_checkpoint, of_config, of_converted
 from .rules import Answer, Engine, Outcome, Rule, Version, judge, judge_at, repairs, shown, version
 from .stock_transformers import TRANSFORMERS
 from .stock_vllm import VLLM, VLLM_CPU, VLLM_HUMMING
@@ -18,5 +18,5 @@ ENGINES = (VLLM, VLLM_CPU, VLLM_HUMMING, VLLM_QPLUG, TRANSFORMERS, TRANSFORMERS_
 __all__ = [
     "ENGINES", "TRANSFORMERS", "TRANSFORMERS_QPLUG", "VLLM", "VLLM_CPU", "VLLM_HUMMING",
     "VLLM_QPLUG", "Answer", "Engine", "Facts", "Outcome", "Rule", "Version", "judge", "judge_at",
-    "of_checkpoint", "of_converted", "repairs", "shown", "version",
+    "of_checkpoint", "of_config", "of_converted", "repairs", "shown", "version",
 ]  # fmt: skip

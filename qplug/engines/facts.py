@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from qplug_converters.checkpoint import SIDE_CONFIGS
+from qplug_converters.claim import Claim
 from qplug_converters.format import Block, Headers
 from qplug_converters.scheme import ModelScheme, Scheme
 
@@ -51,6 +53,8 @@ class Facts:
         The first of `architectures` in config.json.
     kv_scales
         Whether the file holds scales of a KV cache.
+    claim
+        What the config says, where it is judged alone.
     """
 
     format: str
@@ -61,6 +65,7 @@ class Facts:
     dense: tuple[str, ...] = ()
     architecture: str = ""
     kv_scales: bool = False
+    claim: Claim | None = None
 
     def stating(self, changes: Mapping[str, Any]) -> Facts:
         """Return the facts with keys of the block changed (`None`: left out), in config.json."""
@@ -101,6 +106,15 @@ def of_checkpoint(checkpoint: Opened, model: ModelScheme) -> Facts:
         _architecture(config),
         any(KV_SCALE.match(name.rpartition(".")[2]) for name in checkpoint.headers),
     )
+
+
+def of_config(claim: Claim, block: Block, where: str) -> Facts:
+    """Return what engines find in a config, judged alone; `where` names its place."""
+    if where in SIDE_CONFIGS:
+        place = SIDE
+    else:
+        place = {"compression_config": OLD, "text_config": TEXT}.get(where.split()[-1], CONFIG)
+    return Facts(claim.format, block, place, block, claim=claim)
 
 
 def of_converted(checkpoint: Opened, model: ModelScheme, block: Block) -> Facts:

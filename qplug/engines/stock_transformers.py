@@ -15,6 +15,8 @@ PACKAGES = {
     "gptq": "optimum gptqmodel",
     "gptq_v2": "optimum gptqmodel",
     "awq": "gptqmodel accelerate",
+    "awq_gemv": "gptqmodel accelerate",
+    "awq_gemv_fast": "gptqmodel accelerate",
     "compressed-tensors": "compressed-tensors",
 }
 """Format -> what its stock quantizer imports."""
@@ -152,6 +154,15 @@ _GPTQ = (
     _EXPERTS,
     _RUNS,
 )
+_AWQ_LAYERS = (
+    *FOUND,
+    Rule(
+        what="another AWQ layout than GEMM: GPTQModel has layers for it, with CUDA kernels",
+        met=lambda facts: "GPTQModel has layers for it, with CUDA kernels",
+        outcome=UNTESTED,
+        source="read, GPTQModel 7.7.0",
+    ),
+)
 TRANSFORMERS = Engine(
     key="transformers",
     title="Transformers",
@@ -174,6 +185,8 @@ TRANSFORMERS = Engine(
             _EXPERTS,
             _RUNS,
         ),
+        "awq_gemv": _AWQ_LAYERS,
+        "awq_gemv_fast": _AWQ_LAYERS,
         "compressed-tensors": (
             *FOUND,
             Rule(

@@ -221,6 +221,15 @@ _COMPRESSED_RUNS = Rule(
     outcome=RUNS,
     source="read, compressed_tensors_wNa16.py; run, 0.32.0 on a CPU: 4 bits",
 )
+_OTHER_AWQ = (
+    *_found(("bits|w_bit", "group_size|q_group_size", "zero_point")),
+    Rule(
+        what="another AWQ layout than GEMM: `version` is never read, and shapes differ",
+        met=lambda facts: "not the GEMM layout, and `version` is never read",
+        outcome=REFUSED,
+        source=RUN,
+    ),
+)
 _HUMMING = (
     *_found(("bits|w_bit", "group_size|q_group_size")),
     Rule(
@@ -294,6 +303,8 @@ VLLM = Engine(
             ),
             _COMPRESSED_RUNS,
         ),
+        "awq_gemv": _OTHER_AWQ,
+        "awq_gemv_fast": _OTHER_AWQ,
         "canonical": (_UNKNOWN_METHOD,),
     },
 )
@@ -319,6 +330,8 @@ VLLM_CPU = Engine(
             *_CPU_ONLY[1:],
             _COMPRESSED_RUNS,
         ),
+        "awq_gemv": _OTHER_AWQ,
+        "awq_gemv_fast": _OTHER_AWQ,
         "canonical": (_UNKNOWN_METHOD,),
     },
 )

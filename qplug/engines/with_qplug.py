@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from shlex import quote
 
+from qplug_converters.scheme import Scheme
+
 from ..transformers import METHODS as LOADED
 from ..vllm.served import METHODS, alike, refusal
 from . import properties as has
@@ -15,6 +17,11 @@ OURS = "run, this version"
 
 
 def _refused(facts: Facts) -> str | None:
+    if facts.claim is not None:
+        # One linear of the size of its groups stands for all that the config does not name.
+        base = facts.claim.base
+        order = base.desc_act and base.group_size != -1
+        return refusal("", Scheme(1, 1, base.bits, 1, act_order=order))
     for module, scheme in facts.linears.items():
         if reason := refusal(module, scheme):
             return f"{module}: {reason}"

@@ -197,10 +197,10 @@ def parse_as(name: str, kind: str) -> Callable[[Block | None], Claim]:
                 "gptq or gptq_v2",
                 "save it again with checkpoint_format gptq_v2 in the tool that wrote it",
             )
-        bits = keys.get(int, "bits", "w_bit", "wbits")
-        group_size = keys.get(int, "group_size", "q_group_size")
+        bits = keys.get(int, "bits", "w_bit", "wbits", "weight_bits")
+        group_size = keys.get(int, "group_size", "q_group_size", "groupsize")
         sym = keys.get(bool, "sym")
-        desc_act = keys.get(bool, "desc_act", default=False)
+        desc_act = keys.get(bool, "desc_act", "actorder", default=False)
         word = keys.get(str, "pack_dtype", default="int32")
         dynamic = keys.get(dict, "dynamic", default={})
         if bits is None and not keys.problems:
