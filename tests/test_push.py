@@ -279,6 +279,26 @@ def test_a_connection_that_fails(
     assert len(hub.seen("PUT ")) == 3 - len(arrived)
 
 
+@pytest.mark.parametrize("cause", [None, TimeoutError(110, "Connection timed out")])
+def test_a_client_that_fails(
+    cause: OSError | None,
+    hub: FakeHub,
+    awq: Path,
+    qplug: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In its own ways: hf_xet knows one kind of error, threads wrap theirs."""
+    from huggingface_hub import HfApi
+
+    def fail(self: HfApi, *arguments: object, **more: object) -> None:
+        raise RuntimeError("Data processing error") from cause
+
+    monkeypatch.setattr(HfApi, "create_commit", fail)
+    error = refused(qplug, "push", awq, "me/model")
+    assert error["where"] == "me/model"
+    assert ("Connection timed out" if cause else "Data processing error") in error["found"]
+
+
 def test_no_connection(awq: Path, tmp_path: Path, qplug: Command) -> None:
     with FakeHub() as gone:
         pass
@@ -304,10 +324,10 @@ def killed_and_again(hub: FakeHub, folder: Path, home: Path, after: int, name: s
     assert subprocess.run(command, env=env, capture_output=True, check=False).returncode == 0
 
 
-def check_killed(hub: FakeHub, awq: Path, tmp_path: Path, moments: list[int]) -> None:
-    command = [sys.executable, "-c", PUSH, "push", str(awq), "me/whole", "--base-model", "a/b"]
-    env = os.environ | environment(hub, str(tmp_path / "home"))
-    assert subprocess.run(command, env=env, capture_output=True, check=False).returncode == 0
+def check_killed(
+    hub: FakeHub, awq: Path, tmp_path: Path, qplug: Command, moments: list[int]
+) -> None:
+    assert qplug("push", awq, "me/whole", "--base-model", "a/b").code == 0
     whole = hub.files("me/whole")
     for number, after in enumerate(moments):
         hub.blobs.clear()
@@ -319,13 +339,15 @@ def check_killed(hub: FakeHub, awq: Path, tmp_path: Path, moments: list[int]) ->
         assert {**again, "README.md": card} == whole, f"killed at request {after}"
 
 
-def test_killed_while_pushing(hub: FakeHub, awq: Path, tmp_path: Path) -> None:
-    check_killed(hub, awq, tmp_path, [6, 11])
+def test_killed_while_pushing(hub: FakeHub, awq: Path, tmp_path: Path, qplug: Command) -> None:
+    check_killed(hub, awq, tmp_path, qplug, [6, 11])
 
 
 @pytest.mark.slow
-def test_killed_while_pushing_at_many_moments(hub: FakeHub, awq: Path, tmp_path: Path) -> None:
-    check_killed(hub, awq, tmp_path, random.Random(0).sample(range(1, 17), 10))
+def test_killed_while_pushing_at_many_moments(
+    hub: FakeHub, awq: Path, tmp_path: Path, qplug: Command
+) -> None:
+    check_killed(hub, awq, tmp_path, qplug, random.Random(0).sample(range(1, 17), 10))
 
 
 # Cards -------------------------------------------------------------------------------------------

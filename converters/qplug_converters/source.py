@@ -92,8 +92,9 @@ def unreadable(path: Path, error: OSError) -> QplugError:
 class Folder:
     """The source that is here: a folder of the file system.
 
-    Links must not leave it. The layout of huggingface_hub's cache
-    (snapshots/<revision>/x -> ../../blobs/<hash>) is the one exception.
+    Links must not leave it. The layout of huggingface_hub's cache is the one exception:
+    models--x/snapshots/<revision>/y -> ../../blobs/<hash>, which since 2.x may itself be a link to
+    the blobs that all models share, beside models--x.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -123,8 +124,13 @@ class Folder:
             raise unreadable(path, error) from None
         except RuntimeError:  # what pathlib raises for a loop
             raise QplugError("a link to itself", str(path), "a file", REPAIR) from None
-        blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-        if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
+        allowed = [root]
+        if root.parent.name == "snapshots":
+            model = root.parent.parent
+            allowed.append(model / "blobs")
+            if model.name.startswith("models--"):
+                allowed.append(model.parent / "blobs")
+        if not any(real.is_relative_to(place) for place in allowed):
             raise QplugError(
                 f"a link to {real}", name, "a file inside the folder", "copy the file into it"
             )

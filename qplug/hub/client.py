@@ -70,6 +70,8 @@ def _explain(error: BaseException, where: str) -> QplugError | None:
             return QplugError(str(error), where, "owner/name")
         case RuntimeError() if error.__cause__ is not None:  # of a thread that uploads
             return _explain(error.__cause__, where)
+        case RuntimeError():  # of hf_xet, which has no other kind
+            return QplugError(f"a transfer that failed ({error})", where, fix="try again")
     kinds = {c.__name__ for c in type(error).__mro__ if c.__module__.startswith("httpx")}
     if kinds & {"TransportError", "TooManyRedirects"}:
         reason = str(error) or type(error).__name__

@@ -170,3 +170,28 @@ def test_peeking_at_what_is_here(tmp_path: Path) -> None:
     del far.read_spans[:]
     checkpoint.peek(f"{Q}.qzeros")
     assert far.read_spans == []
+
+
+@pytest.mark.parametrize(
+    ("blobs", "fine"),
+    [
+        ("models--a--b/blobs", True),
+        ("blobs/ab", True),
+        ("other", False),
+        ("models--a/blobs", False),
+    ],
+)
+def test_links_of_the_cache(blobs: str, fine: bool, tmp_path: Path) -> None:
+    """A snapshot's files may be links to the model's blobs, or to those that all models share."""
+    store = tmp_path / blobs
+    store.mkdir(parents=True)
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    Draft.of(GPTQ).save(snapshot)
+    shard = snapshot / "model.safetensors"
+    shard.rename(store / "hash")
+    shard.symlink_to(store / "hash")
+    if fine:
+        assert open_checkpoint(snapshot).headers
+    else:
+        with pytest.raises(QplugError, match="a file inside the folder"):
+            open_checkpoint(snapshot)
