@@ -17,7 +17,7 @@ from qplug_converters.format import Format
 from qplug_converters.formats import FORMATS
 from qplug_converters.layout import Part
 from qplug_converters.matrix import describe, matrix
-from qplug_converters.scheme import Scheme
+from qplug_converters.scheme import Kind, Scheme
 
 HERE = Path(__file__).parent
 HEAD = "<!-- Written by `make docs` from the code: do not edit. -->\n\n"
@@ -31,6 +31,8 @@ def part_row(part: Part) -> str:
     notes = [f"order {' '.join(map(str, order))}"] if order else []
     notes += [f"zero rule `{part.rule}`"] if part.rule != "as_is" else []
     pattern = f"`{part.stream}`" + (f", `{part.stored}`" if part.stored else "")
+    if part.constant:
+        axes, pattern = [str(n) for n in part.constant_shape], "always the same for a scheme"
     return (
         f"| `{part.name}` | {part.holds.value} | {part.dtype} | [{', '.join(axes)}] "
         f"| {pattern} | {'; '.join(notes)} |"
@@ -42,20 +44,30 @@ def format_section(one: Format) -> str:
     module = inspect.getmodule(one.claims)
     assert module is not None
     doc = inspect.cleandoc(module.__doc__ or "")
+    first = next(known for known in FORMATS if inspect.getmodule(known.claims) is module)
+    if first is not one:
+        doc = f"As [{first.name}](#{first.name}), of which it shares the description."
     lines = [f"## {one.name}", "", doc, ""]
     holds = one.capacity
     bits = 4
     if holds is not None:
-        low, high = holds.zeros(bits)
-        lines += [
-            f"Holds: {', '.join(map(str, holds.bits))} bits; zeros {low} to {high} at 4 bits; "
-            f"act order: {'yes' if holds.act_order else 'no'}; short last group: "
-            f"{'yes' if holds.ragged else 'no'}; scales {', '.join(holds.scale_dtypes)}.",
-            "",
-        ]
+        bits = min(holds.bits, key=lambda n: abs(n - 4))
+        facts = [f"{', '.join(map(str, holds.bits))} bits"]
+        if holds.kind is Kind.AFFINE:
+            low, high = holds.zeros(bits)
+            facts += [
+                f"zeros {low} to {high} at {bits} bits",
+                f"act order: {'yes' if holds.act_order else 'no'}",
+                f"short last group: {'yes' if holds.ragged else 'no'}",
+            ]
+        else:
+            facts.append(f"{holds.kind.value} grids")
+        if holds.group_sizes:
+            facts.append(f"groups of {', '.join(map(str, holds.group_sizes))}")
+        lines += [f"Holds: {'; '.join(facts)}; scales {', '.join(holds.scale_dtypes)}.", ""]
     scheme = one.adopt(Scheme(4096, 4096, bits, 128, act_order=bool(holds and holds.act_order)))
     lines += [
-        "Layout at 4 bits:",
+        f"Layout at {bits} bits:",
         "",
         "| tensor | holds | dtype | shape | patterns | |",
         "|---|---|---|---|---|---|",

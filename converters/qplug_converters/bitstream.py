@@ -16,7 +16,9 @@ from .layout import Packing
 Words = NDArray[np.unsignedinteger]
 Codes = NDArray[np.uint8]
 
-_UNSIGNED: dict[int, type[np.unsignedinteger]] = {8: np.uint8, 16: np.uint16, 32: np.uint32}
+_UNSIGNED: dict[int, type[np.unsignedinteger]] = {
+    8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64
+}  # fmt: skip
 
 
 def as_unsigned(words: NDArray[np.generic], packing: Packing) -> Words:
@@ -28,8 +30,8 @@ def unpack(words: NDArray[np.generic], packing: Packing, codes: int) -> Codes:
     """Read `[rows, words]` as rows of a bit stream: uint8 `[rows, codes]`.
 
     Code i of a row lies at bits [i * bits, (i + 1) * bits), lowest bit first; with an `order`,
-    field i of a word holds code `order[i]` of that word. `per_word` and `planes` are as `Packing`
-    says.
+    field i of a run of `len(order)` holds code `order[i]` of that run. `per_word` and `planes` are
+    as `Packing` says.
     """
     if packing.planes:
         return _unpack_planes(words, packing, codes)
@@ -75,7 +77,7 @@ def pack(codes: NDArray[np.integer], packing: Packing) -> Words:
     bits, words = packing.bits, packing.words(count)
     if packing.order:
         step = len(packing.order)
-        padded = np.zeros((rows, words * step), np.uint8)
+        padded = np.zeros((rows, words * packing.word_bits // bits), np.uint8)
         padded[:, :count] = codes
         codes = padded.reshape(rows, -1, step)[:, :, list(packing.order)].reshape(rows, -1)
     if 8 % bits == 0:

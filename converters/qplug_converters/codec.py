@@ -42,8 +42,12 @@ _ROUTES: dict[tuple[str, str], tuple[bool, bool]] = {
     ("out inp -> out inp", "out w -> w out"): (True, False),
     ("out inp -> inp out", ""): (False, True),
     ("out inp -> 1 (out inp)", "1 w -> w 1"): (False, False),
+    ("out inp -> 1 (out inp)", "1 w -> w"): (False, False),
 }
 """Patterns of codes that the whole-word routes know: are words, are codes transposed?"""
+
+_FLAT = {"1 w -> w 1": (-1, 1), "1 w -> w": (-1,)}
+"""Shapes of the words of a weight that is one row of codes."""
 
 
 def _route(part: Part, in_features: int) -> tuple[bool, bool] | None:
@@ -58,7 +62,7 @@ def _route(part: Part, in_features: int) -> tuple[bool, bool] | None:
     route = _ROUTES.get((part.stream, part.stored))
     if packing.word == "I32":
         return route
-    whole = in_features * packing.bits % 32 == 0
+    whole = in_features * packing.bits % max(32, packing.word_bits) == 0
     return route if whole and route == (False, False) else None
 
 
@@ -73,9 +77,10 @@ def _as_int32(stored: Tensor) -> Tensor:
     """View stored words as int32; bytes that lie across words are copied first."""
     if stored.dtype is torch.int32:
         return stored
-    if stored.storage_offset() % 4 or stored.data_ptr() % 4 or not stored.is_contiguous():
-        stored = stored.clone()
-    return stored.view(torch.int32)
+    flat = stored.reshape(-1)
+    if flat.storage_offset() * flat.itemsize % 4 or flat.data_ptr() % 4:
+        flat = flat.clone()
+    return flat.view(torch.int32)
 
 
 def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
@@ -87,7 +92,7 @@ def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
     if part.packing is None:
         if part.shared:
             stored = stored.expand(sizes["out"], sizes["group"])
-        plain: Tensor = rearrange(stored, swapped(part.stream), **dict(part.lengths))
+        plain: Tensor = rearrange(stored, swapped(part.stream), **part.split_of(sizes))
         plain = _unpadded(part, plain, sizes)
         if part.shift:
             shifted = plain.to(torch.int16) - part.shift
@@ -152,7 +157,7 @@ def _unpadded(part: Part, plain: Tensor, sizes: Mapping[str, int]) -> Tensor:
 
 def _as_words(stored: Tensor, packing: Packing) -> np.ndarray:
     """View a stored tensor, of whatever dtype, as unsigned words."""
-    width = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[packing.word_bits]
+    width = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[packing.word_bits]
     view = stored.cpu().contiguous().view(width).numpy()
     unsigned: np.ndarray = view.view(view.dtype.str.replace("i", "u"))
     return unsigned
@@ -170,7 +175,7 @@ def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
     else:
         if part.holds is Holds.CODES and (route := _route(part, values.shape[1])) is not None:
             transposed, codes_transposed = route
-            direct = part.packing.word == "I32"
+            direct = part.packing.word == "I32" and part.stored not in _FLAT
             packed = words.pack(
                 values.cpu(),
                 part.packing.bits,
@@ -181,9 +186,8 @@ def pack_part(part: Part, values: Tensor, out: Tensor | None = None) -> Tensor:
             )
             if direct and out is not None:
                 return out
-            stored = packed.view(dtype)
-            if part.stored == "1 w -> w 1":
-                stored = stored.reshape(-1, 1)
+            shape = _FLAT.get(part.stored, (len(values), -1))
+            stored = packed if direct else packed.reshape(-1).view(dtype).reshape(shape)
         else:
             stored = _literal_pack(part, values)
     return stored.contiguous() if out is None else out.copy_(stored)
@@ -199,7 +203,7 @@ def _literal_pack(part: Part, values: Tensor) -> Tensor:
         found = bitstream.pack(rows, part.packing)
     stored = np.ascontiguousarray(rearrange(found, part.stored) if part.stored else found)
     stored = stored.reshape(-1).reshape(stored.shape)  # an axis of one keeps a foreign stride
-    signed = {1: np.uint8, 2: np.int16, 4: np.int32}[stored.dtype.itemsize]
+    signed = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[stored.dtype.itemsize]
     return torch.from_numpy(stored.view(signed)).view(TORCH_DTYPES[part.dtype])
 
 
@@ -246,6 +250,10 @@ def translate(
     if into.data_ptr() != filled.data_ptr():  # bytes that do not lie on words
         filled.copy_(into.view(filled.dtype).reshape(filled.shape))
     return filled
+
+
+FACTORS = (Holds.SCALES, Holds.OFFSETS, Holds.ABSMAX, Holds.NESTED)
+"""What dequantized weights are multiples or sums of."""
 
 
 def check_scales(scales: Tensor, name: str = "scales") -> None:
@@ -295,6 +303,9 @@ def decode(
         if part.name in stored and part.holds is not Holds.CONSTANT
     }
     codes = found.pop(Holds.CODES)
+    for part in layout:
+        if part.holds in FACTORS and part.holds in found:
+            check_scales(found[part.holds], part.name)
     return QuantizedWeight(codes, scheme.bits, _grid(scheme, found, first_row))
 
 
@@ -303,12 +314,10 @@ def _grid(scheme: Scheme, found: Mapping[Holds, Tensor], first_row: int) -> Grid
     if scheme.codebook is not None:
         return _codebook(scheme.codebook, scheme, found, first_row)
     scales = found[Holds.SCALES]
-    check_scales(scales)
     if scheme.kind is Kind.ROWS:
         return RowGrid(scales.flatten())
     if scheme.kind is Kind.OFFSET:
         offsets = found[Holds.OFFSETS]
-        check_scales(offsets, "offsets")
         return OffsetGrid(scales, offsets, scheme.group_size)
     g_idx = found.get(Holds.G_IDX) if scheme.act_order else None
     zeros = found.get(Holds.ZEROS)
@@ -344,9 +353,8 @@ def _codebook(
             getattr(torch, book.nesting.dtype),
             first_row * scheme.in_features // scheme.group_size,
         )
-        check_scales(nested.scales, "nested_absmax")
         absmax = nested.absmax()
-    check_scales(absmax, "absmax")
+        check_scales(absmax, "absmax, dequantized")
     return CodebookGrid(table, absmax, scheme.group_size, nested)
 
 
@@ -371,7 +379,8 @@ def encode(
             value = constant(part)
             stored[part.name] = value if into is None else into.copy_(value)
         else:
-            stored[part.name] = pack_part(part, _held(weight, part.holds), into)
+            nested = layout.part(Holds.NESTED) is not None
+            stored[part.name] = pack_part(part, _held(weight, part.holds, nested=nested), into)
     return stored
 
 
@@ -381,8 +390,8 @@ def constant(part: Part) -> Tensor:
     return raw.view(TORCH_DTYPES[part.dtype]).reshape(part.constant_shape)
 
 
-def _held(weight: QuantizedWeight, holds: Holds) -> Tensor:
-    """Return the numbers of a weight that a part holds."""
+def _held(weight: QuantizedWeight, holds: Holds, *, nested: bool = False) -> Tensor:
+    """Return the numbers of a weight that a part holds; `nested` absmax as codes."""
     if holds is Holds.CODES:
         return weight.codes
     grid = weight.grid
@@ -394,9 +403,11 @@ def _held(weight: QuantizedWeight, holds: Holds) -> Tensor:
         return grid.offsets if holds is Holds.OFFSETS else grid.scales
     if isinstance(grid, RowGrid):
         return grid.absmax[:, None]
-    if grid.nested is not None:
-        return grid.nested.codes if holds is Holds.ABSMAX else grid.nested.scales
-    return grid.absmax
+    if holds is Holds.ABSMAX and not nested:
+        return grid.absmax
+    if grid.nested is None:
+        raise ValueError("absmax values are not nested: the plan has no move that would do it")
+    return grid.nested.codes if holds is Holds.ABSMAX else grid.nested.scales
 
 
 def dequantize_to(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -83,10 +83,11 @@ class Packing:
     """How the codes of a row become words: a little-endian bit stream, lowest bit first.
 
     `word` is the dtype of the stored words; words are bit patterns, whatever it is. `order[i]` is
-    the code (counted inside one word) that lies in field `i`; empty means natural. `per_word` says
-    how many codes a word holds where they do not fill it and none crosses into the next (the top
-    bits are idle). `planes` cuts each code into fields of these widths, the low bits first: of 32
-    codes, plane by plane, each plane is a bit stream of its own.
+    the code that lies in field `i`, both counted inside one run of `len(order)`, a word or a part
+    of one; empty means natural. `per_word` says how many codes a word holds where they do not fill
+    it and none crosses into the next (the top bits are idle). `planes` cuts each code into fields
+    of these widths, the low bits first: of 32 codes, plane by plane, each plane is a bit stream of
+    its own.
     """
 
     bits: int
@@ -144,8 +145,9 @@ def _stored_axes(stream: str, stored: str) -> tuple[str, ...]:
     if not stored:
         return rows
     left, _, right = stored.partition("->")
-    by_name = dict(zip(_names(left), rows, strict=True))
-    return tuple(by_name[name] for name in _names(right))
+    before, after = ([name for axis in _axes(side) for name in axis] for side in (left, right))
+    by_name = {"1": "1", **dict(zip(before, rows, strict=True))}
+    return tuple(by_name[name] for name in after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +173,8 @@ class Part:
         Lengths of the axes that cut a canonical one, by name.
     multiple
         The number of groups is padded with zeros to a multiple of this.
+    block
+        Weights, laid row after row, that share one entry (absmax only).
     shift
         What is added to a code or zero where it is stored unpacked (int8 files: -128).
     shared
@@ -189,6 +193,7 @@ class Part:
     rule: str = "as_is"
     lengths: tuple[tuple[str, int], ...] = ()
     multiple: int = 1
+    block: int = 0
     shift: int = 0
     shared: bool = False
     constant: bytes = b""
@@ -223,6 +228,12 @@ class Part:
         if self.shared:
             return ("1",)
         return _stored_axes(self.stream, self.stored)
+
+    def split_of(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the lengths that take stored axes apart: all but the first of each."""
+        lengths = self.sizes_of(sizes)
+        inner = (name for axis in _axes(self.stream.partition("->")[2]) for name in axis[1:])
+        return {name: lengths[name] for name in inner} | dict(self.lengths)
 
     def sizes_of(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return the length of every axis that the patterns name."""
@@ -264,7 +275,7 @@ class Part:
         `row_step`, and `stop` is one or the last row.
         """
         if self.holds is Holds.ABSMAX:
-            per_entry = sizes["blocksize"] * prod(length for _, length in self.lengths)
+            per_entry = self.block * prod(length for _, length in self.lengths)
             first = start * sizes["inp"] // per_entry
             last = -(-stop * sizes["inp"] // per_entry)
             return self.axes.index("block"), first, last - first
@@ -303,7 +314,7 @@ class Part:
     def row_step(self, sizes: Mapping[str, int]) -> int:
         """Return the smallest number of output rows that cuts no word and no block."""
         if self.holds is Holds.ABSMAX:
-            return sizes["blocksize"] // gcd(sizes["inp"], sizes["blocksize"])
+            return self.block // gcd(sizes["inp"], self.block)
         found = self._out_axis(sizes)
         if found is None:
             return 1

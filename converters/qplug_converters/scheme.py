@@ -71,7 +71,8 @@ class Codebook:
     `table` holds 2^bits little-endian float32; `name` is `nf4` or `fp4`. `dtype` is that of the
     original weight (nothing depends on it), `storage` that under which the codes' bytes are stored.
     `transposed` says that absmax was saved as bfloat16 [blocks of a row, out_features] by a tool
-    that undid half of its own repacking.
+    that undid half of its own repacking. `flat` says that the words are a 1-D tensor, not a column.
+    `state` holds the JSON of the file where it is not spelled as the tool does.
     """
 
     name: str
@@ -80,6 +81,8 @@ class Codebook:
     storage: str = "U8"
     nesting: Nesting | None = None
     transposed: bool = False
+    flat: bool = False
+    state: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ class Scheme:
     surveyed, the facts about those. `has_g_idx` says that the file stores a `g_idx`, needed or not.
     `per_word` is the number of codes in a stored word where they do not fill it
     (`Packing.per_word`; 0: they do), and `shared` says that the one scale and zero of the whole
-    linear are stored once.
+    linear are stored once. `lacks` names parts that the file does without.
     """
 
     out_features: int
@@ -113,6 +116,7 @@ class Scheme:
     codebook: Codebook | None = None
     per_word: int = 0
     shared: bool = False
+    lacks: tuple[str, ...] = ()
 
     @property
     def groups(self) -> int:
@@ -135,7 +139,7 @@ class Scheme:
         sizes = {"out": self.out_features, "inp": self.in_features, "group": self.groups}
         if self.codebook is not None:
             blocks = -(-self.numel // self.group_size)
-            sizes |= {"block": blocks, "blocksize": self.group_size}
+            sizes["block"] = blocks
             if self.codebook.nesting is not None:
                 sizes["nested"] = -(-blocks // self.codebook.nesting.blocksize)
         return sizes

@@ -60,11 +60,12 @@ def schemes(draw: st.DrawFn, target: Format, also: Format | None = None) -> Sche
     else:
         group = draw(st.sampled_from([d for d in range(1, inp + 1) if inp % d == 0]))
     dtypes = [d for d in holds.scale_dtypes if all(d in h.scale_dtypes for h in both)]
-    if sizes := [set(h.group_sizes) for h in both if h.group_sizes]:
+    sizes = [set(h.group_sizes) for h in both if h.group_sizes]
+    if holds.kind is Kind.CODEBOOK:  # blocks may span rows
+        group = draw(st.sampled_from((32, 64, 128, 4096)))
+    elif sizes:
         group = draw(st.sampled_from(sorted(set.intersection(*sizes))))
         inp = lcm(step_in, group) * draw(st.integers(1, 2))
-    if holds.kind is Kind.CODEBOOK:
-        group = draw(st.sampled_from((32, 64, 128)))
     if holds.kind is Kind.ROWS:
         group = inp
     scheme = Scheme(
@@ -274,7 +275,7 @@ def mutate_tensor(source: Path, target: Path, name: str, kind: str, seed: int) -
                 other["data_offsets"] = [o - (end - begin) for o in other["data_offsets"]]
     elif kind == "dtype":
         twins = {"I32": "F32", "F32": "I32", "F16": "BF16", "BF16": "F16", "I16": "F16", "U8": "I8"}
-        twins["I64"] = "F64"
+        twins |= {"I64": "F64", "I8": "U8"}
         entry["dtype"] = twins[entry["dtype"]]
     else:
         entry["shape"] = [1, *entry["shape"]]

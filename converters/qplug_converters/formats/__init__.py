@@ -6,6 +6,8 @@ from . import (
     awq,
     awq_gemv,
     awq_gemv_fast,
+    bnb_4bit,
+    bnb_int8,
     canonical,
     compressed_tensors,
     dense,
@@ -22,6 +24,9 @@ FORMATS: tuple[Format, ...] = (
     awq_gemv_fast.FORMAT,
     awq_gemv_fast.LLM_AWQ,
     compressed_tensors.FORMAT,
+    bnb_4bit.NF4,
+    bnb_4bit.FP4,
+    bnb_int8.FORMAT,
     dense.FORMAT,
 )
 
