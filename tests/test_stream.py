@@ -90,6 +90,16 @@ def test_a_dry_run_fetches_nothing(hub: FakeHub, model: Path, here: Path, qplug:
     assert list(here.iterdir()) == []
 
 
+def test_a_plan_that_looks_at_codes(hub: FakeHub, model: Path, here: Path, qplug: Command) -> None:
+    """Asymmetric zeros to a symmetric target: the codes are read, and no shard is fetched."""
+    line = ["--to", "gptq", "--bits", "8", "--sym", "--dry-run", "--json"]
+    far = qplug("convert", "them/model", "far", *line)
+    near = qplug("convert", model, "far", *line)
+    assert far.json == near.json
+    assert all(a.range for a in hub.seen("GET /blobs/"))
+    assert list(here.iterdir()) == []
+
+
 def test_what_is_in_the_cache_is_not_fetched(
     hub: FakeHub, model: Path, here: Path, tmp_path: Path, qplug: Command
 ) -> None:

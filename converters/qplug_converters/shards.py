@@ -2,7 +2,8 @@
 
 A file is untrusted: its header is checked against the file before anything is read from it.
 Of files that are elsewhere (`source.Source`), headers and the few small tensors that decide are
-read by ranges; a file is fetched whole when a tensor is asked for.
+read by ranges, and so is a tensor that a plan has to look at; a file is fetched whole when bytes
+are asked for.
 Nothing here imports torch until a tensor is asked for.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -34,6 +36,8 @@ GUESS = 1 << 17
 """Bytes of a file elsewhere that are asked for at first: most headers fit."""
 WINDOW = 1 << 24
 """Bytes of small tensors elsewhere that are read ahead."""
+WHOLE = 1 << 26
+"""Bytes of the largest tensor elsewhere that is read by itself; for a larger one its file comes."""
 GAP = 1 << 16
 """Bytes between two tensors that are rather read than asked for around."""
 
@@ -304,6 +308,8 @@ class Shards:
         self.headers = {name: location.spec for name, location in self.locations.items()}
         self._maps = Maps()
         self._ahead: dict[str, dict[str, bytes]] = {}
+        self._read_last: dict[str, bytes] = {}
+        self._lock = threading.Lock()
 
     def present(self, locations: Mapping[str, Location]) -> None:
         """Show other tensors in place of those of the headers: parts of them."""
@@ -363,7 +369,7 @@ class Shards:
             begin, end = place.offset, place.offset + place.spec.nbytes
             last = spans[-1] if spans else None
             if last is not None and last.name == place.file.name and begin - last.end <= GAP:
-                spans[-1] = Span(last.name, last.begin, end)
+                spans[-1] = Span(last.name, last.begin, max(last.end, end))
             else:
                 spans.append(Span(place.file.name, begin, end))
             places[name] = (len(spans) - 1, begin - spans[-1].begin)
@@ -374,8 +380,29 @@ class Shards:
         }
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor as a view of the memory map."""
-        return self._maps.tensor(self._fetched(name))
+        """Return a tensor: a view of the memory map, or what was read of a file elsewhere.
+
+        The last tensors that were read stay, up to `WHOLE` bytes: a linear is asked for in blocks.
+        """
+        location = self.locations[name]
+        source, size = self._source, location.spec.nbytes
+        if source is None or not 0 < size <= WHOLE or source.here(location.file.name):
+            return self._maps.tensor(self._fetched(name))
+        import torch
+
+        from .codec import TORCH_DTYPES
+
+        with self._lock:
+            if name not in self._read_last:
+                self._read_last |= self._read(source, [name])
+                while sum(map(len, self._read_last.values())) > WHOLE:
+                    del self._read_last[next(iter(self._read_last))]
+            raw = bytearray(self._read_last[name])
+        return (
+            torch.frombuffer(raw, dtype=torch.uint8)
+            .view(TORCH_DTYPES[location.spec.dtype])
+            .reshape(location.spec.shape)
+        )
 
     def raw(self, name: str) -> memoryview:
         """Return the bytes of a tensor."""

@@ -45,6 +45,8 @@ def command(
 
     started = time.perf_counter()
     first, second = open_source(a, zero_rule), open_source(b)
+    for side in (first, second):
+        side.source.need([shard.name for shard in side.shards])
     with render.progress("verify") as progress:
         proof = verify(first, second, progress=progress)
     if as_json:

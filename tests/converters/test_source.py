@@ -117,6 +117,27 @@ def test_the_window_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert 1 < len(far.read_spans) < len(names)
 
 
+def test_tensors_are_read_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, as long as the last ones fit; a larger one brings its file."""
+    there = padded(tmp_path / "there", GPTQ)
+    far = Elsewhere(there, tmp_path / "here")
+    checkpoint, near = open_checkpoint(far), open_checkpoint(there)
+    parts = [f"{Q}.{part}" for part in ("qweight", "qzeros", "scales")]
+    monkeypatch.setattr(shards, "WHOLE", sum(near.headers[name].nbytes for name in parts))
+    del far.read_spans[:]
+    for name in parts * 2:
+        assert checkpoint.tensor(name).equal(near.tensor(name))
+    assert len(far.read_spans) == 3
+    other = Q.replace("q_proj", "k_proj") + ".qweight"
+    assert checkpoint.tensor(other).equal(near.tensor(other))
+    checkpoint.tensor(parts[0])
+    assert len(far.read_spans) == 5
+    assert not (tmp_path / "here").exists()
+    large = "model.rotary.table"
+    assert checkpoint.tensor(large).equal(near.tensor(large))
+    assert [p.name for p in (tmp_path / "here").iterdir()] == ["model-00002-of-00002.safetensors"]
+
+
 @pytest.mark.parametrize(
     "name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "", "x\ny", "a\\b"]
 )
