@@ -47,6 +47,8 @@ class Capacity:
         The group sizes that can be stored; empty: any.
     kind
         The grid its codes lie on.
+    also
+        Other grids that it holds as they are.
     in_multiple, out_multiple
         What in_features and out_features must be multiples of at given bits.
     """
@@ -61,6 +63,7 @@ class Capacity:
     uniform: bool = False
     group_sizes: tuple[int, ...] = ()
     kind: Kind = Kind.AFFINE
+    also: tuple[Kind, ...] = ()
 
 
 def _always(scheme: Scheme) -> bool:
@@ -143,6 +146,8 @@ class Format:
         """Return why this format cannot hold `scheme` as it is, or `None`."""
         holds = self.capacity
         if holds is None:
+            return None
+        if scheme.kind in holds.also:
             return None
         if scheme.kind is not holds.kind:
             return f"{self.name} holds no {scheme.kind.value} grids"

@@ -73,6 +73,9 @@ class Route:
         Blocked
             If there is no way without new codes.
         """
+        if self.goal.kind in self.holds.also:
+            self._keep()
+            return self.target.adopt(self.goal)
         if self.goal.kind is Kind.CODEBOOK:
             self._codebook()
         elif self.goal.kind is Kind.ROWS and self.holds.kind is not Kind.ROWS:
@@ -105,6 +108,18 @@ class Route:
                 self.roundings.append("-scale * zero rounded to F16: at most 0.0074 of each scale")
             self.move("to_offsets", "F16", kind=Kind.OFFSET)
         return self.target.adopt(self.goal)
+
+    def _keep(self) -> None:
+        """Keep a grid that the target holds as it is; absmax is stored plainly."""
+        wishes, book = self.wishes, self.goal.codebook
+        if (wishes.bits or self.goal.bits) != self.goal.bits or wishes.group_size or wishes.sym:
+            raise Blocked(
+                Verdict.REQUANTIZED,
+                f"{self.goal.describe()} codes keep their bits and groups",
+                "leave out --bits, --group-size and --sym",
+            )
+        if book is not None and book.nesting is not None:
+            self.move("unnest", "absmax")
 
     # Grids ------------------------------------------------------------------------------------
 

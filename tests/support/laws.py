@@ -24,6 +24,7 @@ from qplug_converters.checkpoint import Checkpoint, open_checkpoint
 from qplug_converters.codec import TORCH_DTYPES, decode, encode
 from qplug_converters.errors import QplugError
 from qplug_converters.format import Format
+from qplug_converters.formats import FORMATS
 from qplug_converters.layout import TensorSpec
 from qplug_converters.scheme import Kind, ModelScheme, Scheme
 from qplug_converters.shards import read_header
@@ -68,11 +69,28 @@ def schemes(draw: st.DrawFn, target: Format, also: Format | None = None) -> Sche
         inp = lcm(step_in, group) * draw(st.integers(1, 2))
     if holds.kind is Kind.ROWS:
         group = inp
-    scheme = Scheme(
-        out, inp, bits, group, scale_dtype=draw(st.sampled_from(dtypes)), kind=holds.kind
-    )
-    act_order = all(h.act_order for h in both) and scheme.groups > 1 and draw(st.booleans())
+    kind = holds.kind
+    if also is None and holds.also:
+        kind = draw(st.sampled_from((holds.kind, *holds.also)))
+    scheme = Scheme(out, inp, bits, group, scale_dtype=draw(st.sampled_from(dtypes)), kind=kind)
+    if kind is not holds.kind:
+        scheme = _native(kind).adopt(_on(kind, scheme))
+    orders = scheme.kind is Kind.AFFINE and all(h.act_order for h in both)
+    act_order = orders and scheme.groups > 1 and draw(st.booleans())
     return target.adopt(replace(scheme, act_order=act_order, desc_act=act_order))
+
+
+def _native(kind: Kind) -> Format:
+    """Return a format whose own grid is of this kind."""
+    return next(f for f in FORMATS if f.capacity is not None and f.capacity.kind is kind)
+
+
+def _on(kind: Kind, scheme: Scheme) -> Scheme:
+    """Return a scheme with the numbers that a grid of this kind has."""
+    if kind is Kind.OFFSET:
+        group = next(g for g in (64, 32, 16, 8, 4, 2, 1) if scheme.in_features % g == 0)
+        return replace(scheme, bits=4, group_size=group, scale_dtype="F16")
+    return replace(scheme, bits=8 if kind is Kind.ROWS else 4)
 
 
 def weight_of(
