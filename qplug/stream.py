@@ -87,6 +87,8 @@ def convert_to_hub(
         shutil.rmtree(folder)
 
     def deliver(path: Path, sha256: str) -> None:
+        if say is not None:
+            say(f"uploading {path.name} ({path.stat().st_size / 1e6:,.1f} MB)")
         if target.upload(path, sha256):
             path.unlink()
 

@@ -165,6 +165,16 @@ def test_what_passes_is_tried_again(
     assert str(fault.get("status", "no connection")) in error["found"]
 
 
+def test_a_server_that_does_not_answer(
+    hub: FakeHub, tmp_path: Path, qplug: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qplug.hub.source.WAITS", (0,))
+    monkeypatch.setattr("qplug.hub.source.TIMEOUT", 0.2)
+    hub.add("them/model", uploaded(tmp_path / "model"))
+    hub.fail("/blobs/", times=99, wait=0.5)
+    assert refused(qplug, "inspect", "them/model")["found"].startswith("no connection (")
+
+
 def test_a_server_without_ranges(hub: FakeHub, tmp_path: Path, qplug: Command) -> None:
     """Is left before it has sent a whole shard."""
     files = uploaded(tmp_path / "model", size=32_000_000)

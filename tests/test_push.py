@@ -174,6 +174,17 @@ def test_a_branch_and_a_message(hub: FakeHub, awq: Path, qplug: Command) -> None
     assert qplug("push", awq, "me/model@awq", "--revision", "x").code == 2
 
 
+def test_private_is_kept(hub: FakeHub, awq: Path, qplug: Command) -> None:
+    """What is asked to be private is never uploaded to where everybody can see it."""
+    hub.add("me/model", {"a": b"b"})
+    error = refused(qplug, "push", awq, "me/model", "--private")
+    assert error["found"] == "a public repository"
+    assert hub.seen("PUT |POST .*/commit/") == []
+    hub.repos["me/model"].private = True
+    assert qplug("push", awq, "me/model", "--private").code == 0
+    assert qplug("push", awq, "me/model").code == 0
+
+
 def test_left_behind_is_said(hub: FakeHub, awq: Path, qplug: Command) -> None:
     (awq / "pytorch_model.bin").write_bytes(b"pickle")
     (awq / "runs").mkdir()

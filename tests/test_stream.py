@@ -18,6 +18,7 @@ from fake_hub import LARGE, FakeHub, content, environment, refused, uploaded
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # the client
 SHARDS = 4
+PROGRAM = "import sys; from qplug.cli import main; main(sys.argv[1:])"
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +279,7 @@ def test_going_on_after_an_error(
         ["far", "--to", "awq", "--private"],
         ["far", "--to", "awq", "--base-model", "a/b"],
         ["--to", "awq", "--push", "nowhere"],
+        [],
     ],
     ids=" ".join,
 )
@@ -292,9 +294,37 @@ def test_no_right_to_write_is_met_first(hub: FakeHub, model: Path, qplug: Comman
     assert all(a.range for a in hub.seen("GET /blobs/"))
 
 
-# Killed ------------------------------------------------------------------------------------------
+def test_dense_weights_are_not_pushed(hub: FakeHub, model: Path, qplug: Command) -> None:
+    ran = qplug("convert", "them/model", "--to", "dense", "--push", "me/dense")
+    assert ran.code == 2
+    assert "me/dense" not in hub.repos
 
-PROGRAM = "import sys; from qplug.cli import main; main(sys.argv[1:])"
+
+def test_interrupted(hub: FakeHub, model: Path, here: Path) -> None:
+    """Ctrl-C in the middle of an upload: what is finished stays, and says so."""
+    hub.fail("PUT /upload/")
+    hub.fail("PUT /upload/", wait=20)
+    line = ["convert", "them/model", "--to", "awq", "--push", "me/awq"]
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *line],
+        env=os.environ | environment(hub, str(here.parent / "home")),
+        cwd=here,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        while len(hub.seen("PUT ")) < 2 and child.poll() is None:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    last = said.splitlines()[-1]
+    assert last.startswith("warning: interrupted; what is finished stays in .me--awq.qplug-push")
+    assert "Traceback" not in said
+    assert len((here / ".me--awq.qplug-push" / "journal").read_text().splitlines()) == 2
+
+
+# Killed ------------------------------------------------------------------------------------------
 
 
 def run(hub: FakeHub, here: Path, line: list[str], kill_after: int | None = None) -> int:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qplug_converters.scheme import ModelScheme
     from qplug_converters.verify import Certificate
 
-    from ..hub import Target
+    from ..hub import Say, Target
     from ..publish import Product
     from ..repository import Repository
 
@@ -183,6 +183,8 @@ def command(
             return error.exit_code
         plan = form.plan
         answer["command"] = reader.engine.command(form.facts, str(dst or (push and push.name)))
+    if push is not None and plan.target.capacity is None:
+        raise click.UsageError("--push uploads quantized checkpoints; `hf upload` takes any folder")
     if not as_json:
         _show(plan)
     answer["plan"] = plan_json(plan)
@@ -202,12 +204,21 @@ def command(
         raise refusal
 
     code = 0
+    say = None if as_json else render.say
     with going_on(work), leaving(dst, " but not verified" if prove else "", work):
         to_hub = _target(push, private)
         started = time.perf_counter()
         with render.progress("convert") as progress:
             product = _carry_out(
-                plan, checkpoint, dst, work, to_hub, keep=prove, progress=progress, most=max_shard
+                plan,
+                checkpoint,
+                dst,
+                work,
+                to_hub,
+                keep=prove,
+                progress=progress,
+                say=say,
+                most=max_shard,
             )
         answer["seconds"] = round(time.perf_counter() - started, 3)
         if dst is not None:
@@ -249,6 +260,7 @@ def _carry_out(
     *,
     keep: bool,
     progress: Progress | None,
+    say: Say | None,
     most: int,
 ) -> Product | None:
     """Convert into DST, or, where there is none, upload shard by shard and return the rest."""
@@ -265,7 +277,7 @@ def _carry_out(
         return None
     assert to_hub is not None
     return convert_to_hub(
-        plan, checkpoint, to_hub, work, progress=progress, say=render.say, max_shard=most
+        plan, checkpoint, to_hub, work, progress=progress, say=say, max_shard=most
     )
 
 

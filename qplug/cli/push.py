@@ -31,7 +31,9 @@ def base_model_option(command: Any) -> Any:
 @click.command()
 @click.argument("folder", metavar="DIR", type=Folder())
 @click.argument("repository", type=Remote())
-@click.option("--private", is_flag=True, help="If the repository is new: not to be seen by others.")
+@click.option(
+    "--private", is_flag=True, help="Make a private repository; refuse one that is public."
+)
 @click.option("--revision", metavar="BRANCH", help="The branch to commit to (default: main).")
 @click.option("--message", help="The commit message.")
 @base_model_option

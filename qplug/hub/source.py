@@ -74,6 +74,8 @@ class HubSource:
     folder : Path
         Where fetched files lie: `work`, to be removed one by one, or a snapshot in the cache of
         huggingface_hub, which keeps them.
+    private : bool
+        Whether only some can see it.
     fetched : int
         Bytes that were read by ranges.
 
@@ -100,6 +102,7 @@ class HubSource:
                 timeout=TIMEOUT,
             )
         self.commit = info.sha or ""
+        self.private = bool(info.private)
         if not _COMMIT.fullmatch(self.commit):
             raise QplugError(f"commit {info.sha!r}", str(repository), "a commit hash")
         self._files: dict[str, Listed] = {}

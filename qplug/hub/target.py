@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 
+from qplug_converters.errors import QplugError
 from qplug_converters.source import Span, plain
 
 from ..repository import Repository
@@ -51,7 +52,7 @@ class Target:
     Raises
     ------
     QplugError
-        If there is no token, or it may not write there.
+        If there is no token, it may not write there, or `private` is asked of a public one.
     """
 
     def __init__(self, repository: Repository, private: bool = False) -> None:
@@ -64,6 +65,13 @@ class Target:
             if branch is not None:
                 self._api.create_branch(name, branch=branch, exist_ok=True)
         now = HubSource(repository)
+        if private and not now.private:
+            raise QplugError(
+                "a public repository",
+                str(repository),
+                "a private one",
+                "choose a new name, or make it private in its settings",
+            )
         self.files, self._parent = now.listed(), now.commit
         self.card = b""
         if "README.md" in self.files:
