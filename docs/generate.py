@@ -16,7 +16,7 @@ from qplug_converters import zeros
 from qplug_converters.format import Format
 from qplug_converters.formats import FORMATS
 from qplug_converters.layout import Part
-from qplug_converters.matrix import describe, matrix
+from qplug_converters.matrix import describe, grid, matrix
 from qplug_converters.scheme import Kind, Scheme
 
 HERE = Path(__file__).parent
@@ -98,8 +98,15 @@ def matrix_page() -> str:
         "REQUANTIZED: new codes by least squares, the error measured; needs `--allow requantized`. "
         "IMPOSSIBLE: no way. The usual linear is symmetric, with groups that suit the format.\n\n"
     )
+    heads, cells = grid()
+    table = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    table += [f"| {' | '.join(row)} |" for row in cells]
+    table.append(
+        "\nA cell has the usual linear, then the worst of others: C copied, E exact, R rounded, "
+        "Q requantized, I impossible.\n\n## Pair by pair\n"
+    )
     found = matrix()
-    rows = ["| from | to | usual | otherwise |", "|---|---|---|---|"]
+    rows = [*table, "| from | to | usual | otherwise |", "|---|---|---|---|"]
     for (source, target), cell in found.items():
         usual, _, others = describe(cell).partition("; ")
         rows.append(f"| {source} | {target} | {usual} | {others} |")

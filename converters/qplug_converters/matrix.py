@@ -39,11 +39,14 @@ def varieties(source: Format) -> Iterator[tuple[str, Scheme]]:
     if holds.kind in (Kind.AFFINE, Kind.OFFSET):
         low, high = holds.zeros(usual_bits)
         top = (1 << usual_bits) - 1
-        found.append(("asymmetric", replace(usual, zeros=_zeros(usual_bits, sym=False))))
+        # Products of scales and zeros that are not powers of two are rounded where they are stored.
+        rounded = ScaleFacts(exact=True, kept=True, products=holds.kind is not Kind.OFFSET)
+        asymmetric = replace(usual, zeros=_zeros(usual_bits, sym=False), scales=rounded)
+        found.append(("asymmetric", asymmetric))
         for name, zero in (("zeros of 0", 0), ("zeros of 2^bits", top + 1)):
             if low <= zero <= high:
                 facts = ZeroFacts(min(zero, 1), max(zero, top), 0, 1)
-                found.append((name, replace(usual, zeros=facts)))
+                found.append((name, replace(usual, zeros=facts, scales=rounded)))
         found += [
             (f"{bits}-bit", replace(usual, bits=bits, zeros=_zeros(bits, sym=True)))
             for bits in holds.bits
@@ -57,6 +60,10 @@ def varieties(source: Format) -> Iterator[tuple[str, Scheme]]:
         for dtype in holds.scale_dtypes:
             if dtype != usual.scale_dtype:
                 found.append((f"{dtype} scales", replace(usual, scale_dtype=dtype, scales=inexact)))
+    for other in FORMATS if holds.also else ():
+        if other.capacity is not None and other.capacity.kind in holds.also:
+            (_, scheme), *_ = varieties(other)
+            found.append((f"{other.name} codes", source.adopt(scheme)))
     for name, scheme in found:
         if source.cannot(scheme) is None:
             yield name, scheme
@@ -85,6 +92,25 @@ def matrix() -> dict[tuple[str, str], dict[Verdict, list[str]]]:
         if source.read is not None
         for target in FORMATS
     }
+
+
+def grid() -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return the whole matrix as a table: the heads, and a row for each source.
+
+    A cell has the usual verdict's first letter (Q for REQUANTIZED), and the worst of the others'.
+    """
+    found = matrix()
+    targets = [target.name for target in FORMATS]
+    sources = [source.name for source in FORMATS if source.read is not None]
+    rows = [(name, *(_letters(found[name, target]) for target in targets)) for name in sources]
+    return ["from, to:", *targets], rows
+
+
+def _letters(found: dict[Verdict, list[str]]) -> str:
+    usual = next(verdict for verdict, names in found.items() if _USUAL in names)
+    others = [verdict for verdict in found if verdict is not usual]
+    letter = {verdict: verdict.name[0] for verdict in Verdict} | {Verdict.REQUANTIZED: "Q"}
+    return letter[usual] + (f" {letter[max(others)]}" if others else "")
 
 
 def describe(found: dict[Verdict, list[str]]) -> str:

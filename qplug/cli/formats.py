@@ -57,7 +57,7 @@ def command(pairs: bool, as_json: bool) -> None:
 
 def _matrix(as_json: bool) -> None:
     """Print what happens to linears of each format in each other one."""
-    from qplug_converters.matrix import describe, matrix
+    from qplug_converters.matrix import grid, matrix
 
     found = matrix()
     if as_json:
@@ -71,5 +71,9 @@ def _matrix(as_json: bool) -> None:
         ]
         render.data({"pairs": cells})
         return
-    rows = [(*pair, describe(cell)) for pair, cell in found.items()]
-    render.table(("from", "to", "verdict of the usual linear, and of others"), rows)
+    heads, rows = grid()
+    render.table(tuple(heads), rows)
+    render.say(
+        "the usual linear, then the worst of others: C copied, E exact, R rounded, Q requantized "
+        "(needs --allow), I impossible; which others: --json, or docs/matrix.md"
+    )
