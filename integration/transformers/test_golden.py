@@ -17,6 +17,7 @@ NAMES = [
     "autoround-autoawq-sym-g64",
     "awq-gemm-g128",
     "awq-gemm-g32-bias",
+    "awq-gemv-g64",
     "gptq-2b-asym-g32",
     "gptq-3b-asym-g128",
     "gptq-3b-sym-g128-by-5.8.0",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qplug_converters.errors import QplugError
-from qplug_converters.weight import QuantizedWeight
+from qplug_converters.weight import AffineGrid, QuantizedWeight
 
 from .problem import Choice, Kernel, Problem, choose
 
@@ -101,7 +101,14 @@ def prepare(
 
 
 def _check_weight(weight: QuantizedWeight) -> None:
-    """Refuse a weight whose tensors contradict each other, before anything is computed."""
+    """Refuse a weight that no kernel knows, or whose tensors contradict each other."""
+    if not isinstance(weight.grid, AffineGrid):
+        raise QplugError(
+            f"a {type(weight.grid).__name__}",
+            "grid",
+            "an AffineGrid: integers, scales and zeros",
+            "no kernel multiplies by others yet: convert the checkpoint (qplug convert --to dense)",
+        )
     grid, (rows, columns) = weight.affine, weight.codes.shape
     groups = grid.scales.shape[1]
     if grid.zeros.shape != grid.scales.shape or grid.scales.shape[0] != rows:
