@@ -174,7 +174,7 @@ def search(
     unreachable: dict[str, str] = {}
     for target in () if forms[-1].runs else _taken(engine):
         known = len(forms)
-        for plans in _exact(found, model, target, make):
+        for plans in _exact(model, target, make):
             for plan in plans:
                 try:
                     block = target.write(plan.goal).block or {}
@@ -206,9 +206,7 @@ def _cost(form: Form) -> tuple[bool, int]:
     return form.stated is None, form.nbytes
 
 
-def _exact(
-    found: Format, model: ModelScheme, target: Format, make: Planner
-) -> Iterator[Iterator[Plan]]:
+def _exact(model: ModelScheme, target: Format, make: Planner) -> Iterator[Iterator[Plan]]:
     """Iterate over the plans to one format that keep every weight, one for each result.
 
     Those of one width and symmetry come together, groups as they are first, then finer ones.
@@ -232,12 +230,10 @@ def _exact(
     def finer(bits: int | None, sym: bool) -> Iterator[Plan]:
         for size in (None,) if ordered else (None, *GROUP_SIZES):
             wishes = Wishes(bits=bits, group_size=size, sym=sym)
-            if target is found and wishes.none:
-                continue
             plan = exact(model if ordered else few, wishes)
-            goal = () if plan is None else tuple(step.target for step in plan.steps)
-            if plan is None:
+            if plan is None or plan.verdict is Verdict.COPIED:  # a copy was looked at first
                 continue
+            goal = tuple(step.target for step in plan.steps)
             if goal in seen:
                 return  # another width or symmetry that comes to the same
             seen.add(goal)

@@ -143,6 +143,22 @@ def test_what_qplug_would_serve(tmp_path: Path, qplug: Command) -> None:
     assert f"vLLM with qplug: vllm serve {folder} --quantization qplug-gptq" in ran.err
 
 
+def test_a_grid_that_no_form_holds(tmp_path: Path, qplug: Command) -> None:
+    """NF4 has no exact uniform form; the reason of each format is printed."""
+    ran = qplug("convert", GOLDEN / "bnb-nf4", tmp_path / "m", "--for", "vllm")
+    assert ran.code == 3
+    for name in ("gptq", "awq", "compressed-tensors"):
+        assert re.search(rf"^{name} .*REQUANTIZED: ", ran.out, re.MULTILINE)
+    assert qplug("convert", GOLDEN / "bnb-nf4", tmp_path / "m", "--for", "vllm=0.27").code == 0
+    for name in ("bnb-nf4-after-forward", "bnb-nf4-dq-after-forward"):
+        ran = qplug(
+            "convert", GOLDEN / name, tmp_path / name, "--for", "transformers", "--verify", "--json"
+        )
+        assert (ran.code, ran.json["proof"]["problems"]) == (0, [])
+        answers = qplug("inspect", tmp_path / name, "--json").json["engines"]
+        assert [a["outcome"] for a in answers if a["engine"] == "transformers"] == ["runs"]
+
+
 def test_an_older_version_takes_more(tmp_path: Path, qplug: Command) -> None:
     ran = qplug("convert", GOLDEN / ORDERED, tmp_path / "m", "--for", "vllm=0.29", "--json")
     assert ran.code == 0

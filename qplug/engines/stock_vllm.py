@@ -10,16 +10,25 @@ from __future__ import annotations
 
 from shlex import quote
 
+from . import compressed as ct
 from . import properties as has
 from .facts import Facts
 from .rules import Engine, Outcome, Rule
 
 REFUSED, WRONG, RUNS, UNTESTED = Outcome.REFUSED, Outcome.WRONG, Outcome.RUNS, Outcome.UNTESTED
 RUN = "run, 0.32.0 on a CPU"
+BITSANDBYTES = ("bnb-nf4", "bnb-fp4", "bnb-int8")
 
 
 def _found(keys: tuple[str, ...]) -> tuple[Rule, ...]:
     """Return the rules about a config that vLLM does not find, or finds not whole."""
+    whole = Rule(
+        what=f"a missing key: {', '.join(key.partition('|')[0] for key in keys)}",
+        met=has.missing_key(*keys),
+        outcome=REFUSED,
+        source=RUN,
+        repair=has.state_missing(*keys),
+    )
     return (
         Rule(
             what="no block in config.json",
@@ -34,13 +43,7 @@ def _found(keys: tuple[str, ...]) -> tuple[Rule, ...]:
             source=RUN,
             repair=has.state_method,
         ),
-        Rule(
-            what=f"a missing key: {', '.join(key.partition('|')[0] for key in keys)}",
-            met=has.missing_key(*keys),
-            outcome=REFUSED,
-            source=RUN,
-            repair=has.state_missing(*keys),
-        ),
+        *((whole,) if keys else ()),
     )
 
 
@@ -195,20 +198,20 @@ _COMPRESSED = (
     *_found(("config_groups",)),
     Rule(
         what="actorder is group or dynamic",
-        met=has.ct_order,
+        met=ct.order,
         outcome=REFUSED,
         since="0.30",
         source=RUN,
     ),
     Rule(
         what="weight_g_idx without actorder",
-        met=lambda facts: None if has.ct_order(facts) else has.ct_index(facts),
+        met=lambda facts: None if ct.order(facts) else ct.index(facts),
         outcome=REFUSED,
         source=RUN,
     ),
     Rule(
         what="strategy: tensor",
-        met=has.ct_tensor,
+        met=ct.tensor,
         outcome=REFUSED,
         source="read, compressed_tensors_wNa16.py",
     ),
@@ -217,7 +220,7 @@ _COMPRESSED = (
 )
 _COMPRESSED_RUNS = Rule(
     what="everything else",
-    met=has.ct_scales,
+    met=ct.scales,
     outcome=RUNS,
     source="read, compressed_tensors_wNa16.py; run, 0.32.0 on a CPU: 4 bits",
 )
@@ -228,6 +231,37 @@ _OTHER_AWQ = (
         met=lambda facts: "not the GEMM layout, and `version` is never read",
         outcome=REFUSED,
         source=RUN,
+    ),
+)
+_BITSANDBYTES = (
+    Rule(
+        what="bitsandbytes, which left for vllm-bnb-plugin (one rank only)",
+        met=lambda facts: "bitsandbytes is no method of it; vllm-bnb-plugin reads it, on one rank",
+        outcome=REFUSED,
+        since="0.28",
+        source=RUN,
+    ),
+    *_found(()),
+    _HALF,
+    Rule(
+        what="absmax that was saved after a forward on a CPU",
+        met=has.transposed_absmax,
+        outcome=UNTESTED,
+        source="",
+    ),
+    Rule(
+        what="everything else",
+        met=lambda facts: "",
+        outcome=RUNS,
+        source="read, bitsandbytes.py of 0.26.0 and 0.27.1",
+    ),
+)
+_NO_BITSANDBYTES = (
+    Rule(
+        what="bitsandbytes: for CUDA only, and gone from 0.28",
+        met=lambda facts: "bitsandbytes is no method of it",
+        outcome=REFUSED,
+        source=f"{RUN}; read, 0.26.0 and 0.27.1",
     ),
 )
 _HUMMING = (
@@ -297,7 +331,7 @@ VLLM = Engine(
             *_COMPRESSED,
             Rule(
                 what="bits and groups that Marlin does not take: Machete, Conch or humming may",
-                met=has.ct_other_kernels,
+                met=ct.other_kernels,
                 outcome=UNTESTED,
                 source="read, kernels/linear of 0.32.0",
             ),
@@ -305,6 +339,7 @@ VLLM = Engine(
         ),
         "awq_gemv": _OTHER_AWQ,
         "awq_gemv_fast": _OTHER_AWQ,
+        **dict.fromkeys(BITSANDBYTES, _BITSANDBYTES),
         "canonical": (_UNKNOWN_METHOD,),
     },
 )
@@ -323,7 +358,7 @@ VLLM_CPU = Engine(
             *_COMPRESSED,
             Rule(
                 what="bits other than 4",
-                met=has.ct_eight_bits,
+                met=ct.eight_bits,
                 outcome=REFUSED,
                 source=RUN,
             ),
@@ -332,6 +367,7 @@ VLLM_CPU = Engine(
         ),
         "awq_gemv": _OTHER_AWQ,
         "awq_gemv_fast": _OTHER_AWQ,
+        **dict.fromkeys(BITSANDBYTES, _NO_BITSANDBYTES),
         "canonical": (_UNKNOWN_METHOD,),
     },
 )
