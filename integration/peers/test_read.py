@@ -47,6 +47,14 @@ GOLDENS = {
         "awq-gemv_fast-g64",
         "autoround-autoawq-sym-g64",
     ),
+    "bitsandbytes": (
+        "bnb-fp4",
+        "bnb-int8",
+        "bnb-nf4",
+        "bnb-nf4-dq",
+        "bnb-nf4-dq-after-forward",
+        "bnb-nf4-dq-storage-bf16",
+    ),
     "compressed-tensors": (
         "ct-int3-sym-g128",
         "ct-int4-asym-channel",
@@ -101,7 +109,7 @@ WRITTEN = {
         "ct-int4-asym-channel",
         "ct-int4-sym-g128-kv-fp8",
     ),
-    ("gptqmodel", "awq"): ("gptq-4b-asym-g64", "gptq-moe-mixtral-4b-g64", "ct-int4-asym-g64"),
+    ("gptqmodel", "awq"): ("gptq-4b-asym-g64", "ct-int4-asym-g64"),
     ("autoawq", "awq_gemv"): (
         "gptq-3b-asym-g128",
         "gptq-4b-asym-g64",
@@ -130,16 +138,26 @@ WRITTEN = {
         "ct-int3-asym-g128-fields",
         "ct-int4-asym-channel",
     ),
+    ("bitsandbytes", "bnb-nf4"): (
+        "bnb-nf4",
+        "bnb-nf4-dq",
+        "bnb-nf4-dq-storage-bf16",
+        "bnb-nf4-after-forward",
+        "bnb-nf4-dq-after-forward",
+    ),
 }
 """By tool and format, what is converted without loss, with options."""
 ROUNDED = {
     # The zero points of GEMV_FAST are float16 products.
     ("autoawq", "awq_gemv_fast"): ("gptq-4b-asym-g64", "awq-gemm-g32-bias", "ct-int4-asym-g64"),
+    ("gptqmodel", "gptq"): ("bnb-int8",),
+    ("compressed-tensors", "compressed-tensors"): ("bnb-int8",),
 }
 """By tool and format, what is converted within a bound."""
 REQUANTIZED = {
-    ("autoawq", "awq"): ("gptq-4b-sym-g64-actorder", "gptq-8b-sym-g128"),
-    ("compressed-tensors", "compressed-tensors"): ("ct-int4-asym-g64-gidx",),
+    ("gptqmodel", "gptq_v2"): ("bnb-nf4-dq",),
+    ("autoawq", "awq"): ("gptq-4b-sym-g64-actorder", "gptq-8b-sym-g128", "bnb-nf4"),
+    ("compressed-tensors", "compressed-tensors"): ("ct-int4-asym-g64-gidx", "bnb-fp4"),
 }
 """By tool and format, what gets new codes."""
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from builders import Draft
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .cases import assert_same, different, label, pairs, reference
+from ..vllm.tiny import LINEARS, Shape, Tiny
+from .cases import assert_same, by_role, different, label, pairs, reference
 from .peers import Asked, Unusable
 
 pytestmark = pytest.mark.peer
@@ -33,6 +35,8 @@ MISREAD = {
         "gptq-4b-asym-g64",
         "gptq-2b-asym-g32",
     ),
+    # Saved after a forward on a CPU: absmax transposed and rounded, and read as if it were not.
+    ("bitsandbytes", "read"): ("bnb-nf4-after-forward",),
     # 3 bits as compressed-tensors < 0.18 packed them.
     ("compressed-tensors", "read"): ("ct-int3-asym-g128-fields",),
 }
@@ -72,6 +76,18 @@ def test_refused(
         read(name, golden / source, function)
     expected = reference(golden / source)
     ours = dense(golden / source)
+    assert_same({name: ours[name] for name in expected}, expected)
+
+
+def test_gptqmodel_leaves_experts_of_other_names_unread(
+    read: Read, dense: Dense, qplug: Callable[..., Path], golden: Path
+) -> None:
+    """Mixtral in AWQ under the names of AutoAWQ and vLLM: random experts, and a line in its log."""
+    folder = qplug(golden / "gptq-moe-mixtral-4b-g64", "awq")
+    expected = reference(golden / "gptq-moe-mixtral-4b-g64")
+    far = different(read("gptqmodel", folder), expected)
+    assert list(far) == [name for name in expected if ".experts." in name]
+    ours = by_role(dense(folder))
     assert_same({name: ours[name] for name in expected}, expected)
 
 
@@ -117,3 +133,20 @@ def test_compressed_tensors_takes_awq_configs_at_their_letter(
             tool("compressed-tensors")("from_awq", folder, tmp_path / "ct")
     ours = dense(folder)
     assert_same({name: ours[name] for name in expected}, expected)
+
+
+def test_bitsandbytes_misreads_blocks_that_cross_rows(
+    tool: Callable[[str], Asked], read: Read, dense: Dense, tmp_path: Path
+) -> None:
+    """96 inputs in blocks of 64: its CPU dequantization goes wrong, its file does not."""
+    shape = Shape(layers=1, hidden=96, inter=96, heads=3, kv_heads=3)
+    source = Tiny("dense", shape=shape, quantizes=lambda module: False).write(tmp_path / "dense")
+    original = load_file(source / "model.safetensors")
+    tool("bitsandbytes")("quantize", source, tmp_path / "nf4")
+    theirs, ours = read("bitsandbytes", tmp_path / "nf4"), dense(tmp_path / "nf4")
+    assert {name.split(".")[-2] for name in theirs} == set(LINEARS)
+    for name, weight in theirs.items():
+        # Half of NF4's widest gap, of the largest weight.
+        bound = 0.16 * original[name].abs().max()
+        assert (ours[name] - original[name].float()).abs().max() <= bound
+        assert (weight - original[name].float()).abs().max() > 2 * bound
