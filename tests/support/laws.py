@@ -34,6 +34,7 @@ from qplug_converters.weight import (
     AffineGrid,
     CodebookGrid,
     Grid,
+    NestedAbsmax,
     OffsetGrid,
     QuantizedWeight,
     RowGrid,
@@ -139,16 +140,23 @@ def _other_weight(scheme: Scheme, rng: torch.Generator) -> QuantizedWeight:
 
 def same(one: QuantizedWeight, two: QuantizedWeight) -> bool:
     """Whether two weights are equal field by field, dtypes included."""
-    if type(one.grid) is not type(two.grid) or one.bits != two.bits:
-        return False
-    pairs = [(one.codes, two.codes)]
-    for item in fields(one.grid):
-        a, b = getattr(one.grid, item.name), getattr(two.grid, item.name)
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            pairs.append((a, b))
-        elif a != b:
-            return False
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    return _equal(one, two)
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, QuantizedWeight | Grid | NestedAbsmax):
+        return type(one) is type(two) and all(
+            _equal(getattr(one, item.name), getattr(two, item.name)) for item in fields(one)
+        )
+    return bool(one == two)
+
+
+def same_bytes(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit: words may be stored as floats that are NaN."""
+    flat = [t.reshape(-1).view(torch.uint8) for t in (one, two)]
+    return one.shape == two.shape and one.dtype == two.dtype and torch.equal(*flat)
 
 
 def specs_of(stored: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
@@ -181,7 +189,7 @@ def blocks_equal_whole(target: Format, scheme: Scheme, weight: QuantizedWeight) 
         mine = {p.name: rows_of(p, whole[p.name], scheme.sizes, start, stop) for p in layout}
         got = decode(layout, block, mine, start)
         assert same(got, weight.rows(start, stop))
-    assert all(torch.equal(parts[n], whole[n]) for n in whole)
+    assert all(same_bytes(parts[n], whole[n]) for n in whole)
 
 
 def fast_equals_literal(target: Format, scheme: Scheme, weight: QuantizedWeight) -> None:
@@ -192,7 +200,7 @@ def fast_equals_literal(target: Format, scheme: Scheme, weight: QuantizedWeight)
         values = codec._held(weight, part.holds)
         literal = codec._literal_pack(part, values)
         fast = codec.pack_part(part, values)
-        assert torch.equal(fast, literal)
+        assert same_bytes(fast, literal)
         assert torch.equal(
             codec.unpack_part(part, fast, scheme.sizes),
             codec._literal_unpack(part, literal, scheme.sizes),
