@@ -222,6 +222,17 @@ def _proof(certificate: Mapping[str, Any]) -> dict[str, str]:
             str(one.get("verdict")) for one in linears.values() if isinstance(one, Mapping)
         )
         rows["what happened"] = ", ".join(f"{n} linears {v}" for v, n in verdicts.items())
+        errors = {
+            str(module): float(one["relative_error"])
+            for module, one in linears.items()
+            if isinstance(one, Mapping) and isinstance(one.get("relative_error"), float)
+        }
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            rows["relative error"] = (
+                f"{sum(errors.values()) / len(errors):.4f} on average over the linears that were "
+                f"requantized, {errors[worst]:.4f} in `{worst}`"
+            )
     return rows
 
 

@@ -210,6 +210,21 @@ def test_the_card_reads_back(hub: FakeHub, model: Path, qplug: Command) -> None:
             assert engine["command"] in card
 
 
+def test_what_was_lost_is_said(hub: FakeHub, tmp_path: Path, qplug: Command) -> None:
+    """On the way and in the card."""
+    uploaded(tmp_path / "ordered", "gptq-4b-sym-g64-actorder")
+    line = ("convert", tmp_path / "ordered", "--to", "awq", "--push", "me/awq")
+    assert qplug(*line).code == 3
+    assert "me/awq" not in hub.repos
+    ran = qplug(*line, "--allow", "requantized")
+    assert ran.code == 0
+    card = hub.files("me/awq")["README.md"].decode()
+    linears = json.loads(hub.files("me/awq")["qplug-certificate.json"])["linears"]
+    errors = [one["relative_error"] for one in linears.values() if "relative_error" in one]
+    assert f"| relative error | {sum(errors) / len(errors):.4f} on average" in card
+    assert f"relative error {sum(errors) / len(errors):.4f} on average" in ran.err
+
+
 def test_from_a_folder_to_the_hub(hub: FakeHub, model: Path, here: Path, qplug: Command) -> None:
     before = digest(model)
     assert qplug("convert", model, "--to", "awq", "--push", "me/awq").code == 0
@@ -269,6 +284,18 @@ def test_going_on_after_an_error(
     assert len(hub.seen("PUT ")) == 2
     assert weights(hub.files("me/awq")) == weights(content(tmp_path / "near"))
     assert list(here.iterdir()) == []
+
+
+def test_a_folder_that_could_not_be_uploaded(
+    hub: FakeHub, model: Path, here: Path, qplug: Command
+) -> None:
+    """Is complete, and the error says how to upload it."""
+    hub.fail("POST .*/commit/", status=503)
+    error = refused(qplug, "convert", "them/model", "far", "--to", "awq", "--push", "me/awq")
+    assert error["fix"] == "far is complete; `qplug push far me/awq` uploads it"
+    assert [p.name for p in here.iterdir()] == ["far"]
+    assert qplug("push", "far", "me/awq").code == 0
+    assert len(hub.seen("PUT ")) == SHARDS
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import render
+from .carry import carry_out, compare, open_target, upload
 from .forms import Wanted, wanted
 from .forms import show as show_forms
 from .options import (
@@ -23,21 +23,15 @@ from .options import (
     new_folder,
     zero_rule_option,
 )
-from .push import base_model_option, pushed_json
-from .push import show as show_push
+from .push import base_model_option
 from .signals import leaving
 from .source import Place, Remote, going_on, open_source, work_folder
 
 if TYPE_CHECKING:
-    from qplug_converters.checkpoint import Checkpoint
-    from qplug_converters.execute import Progress
     from qplug_converters.format import Format
     from qplug_converters.plan import Plan
     from qplug_converters.scheme import ModelScheme
-    from qplug_converters.verify import Certificate
 
-    from ..hub import Say, Target
-    from ..publish import Product
     from ..repository import Repository
 
 
@@ -129,6 +123,7 @@ def command(
     SRC is a folder, or owner/name[@revision] on the Hub: its shards come one by one, and the same
     command goes on after a kill.
     """
+    from qplug_converters.checkpoint import CERTIFICATE
     from qplug_converters.errors import QplugError
     from qplug_converters.look import looker
     from qplug_converters.plan import Verdict, Wishes, make_plan
@@ -205,118 +200,45 @@ def command(
 
     code = 0
     say = None if as_json else render.say
-    with going_on(work), leaving(dst, " but not verified" if prove else "", work):
-        to_hub = _target(push, private)
-        started = time.perf_counter()
-        with render.progress("convert") as progress:
-            product = _carry_out(
-                plan,
-                checkpoint,
-                dst,
-                work,
-                to_hub,
-                keep=prove,
-                progress=progress,
-                say=say,
-                most=max_shard,
-            )
-        answer["seconds"] = round(time.perf_counter() - started, 3)
-        if dst is not None:
-            answer["output"] = str(dst)
-            if not as_json:
-                render.say(f"wrote {dst} in {render.seconds(started)}")
-                _show_errors(dst)
-            if prove:
-                proof = _prove(plan, checkpoint, dst, zero_rule, as_json)
+    base = base_model.name if base_model is not None else None
+    with leaving(dst, " but not verified" if prove else "", work):
+        to_hub = open_target(push, private)
+        with going_on(work):
+            started = time.perf_counter()
+            with render.progress("convert") as progress:
+                product = carry_out(
+                    plan,
+                    checkpoint,
+                    dst,
+                    work,
+                    to_hub,
+                    keep=prove,
+                    progress=progress,
+                    say=say,
+                    most=max_shard,
+                )
+            answer["seconds"] = round(time.perf_counter() - started, 3)
+            if product is not None and to_hub is not None:
+                if not as_json:
+                    _show_errors(product.files[CERTIFICATE])
+                answer["pushed"] = upload(product, to_hub, base, as_json)
+            elif dst is not None:
+                answer["output"] = str(dst)
+                if not as_json:
+                    render.say(f"wrote {dst} in {render.seconds(started)}")
+                    _show_errors(dst / CERTIFICATE)
+            if prove and dst is not None:
+                proof = compare(plan, checkpoint, dst, zero_rule, as_json)
                 answer["proof"] = proof.as_json()
                 promised = proof.verdict <= max(plan.verdict, Verdict.EXACT) and not proof.problems
                 code = 0 if promised else 3
-        if to_hub is not None and code == 0:
-            base = base_model.name if base_model is not None else None
-            answer["pushed"] = _push(product, dst, to_hub, base, as_json)
+        if dst is not None and to_hub is not None and code == 0:
+            answer["pushed"] = upload(dst, to_hub, base, as_json)
     if reader is not None and not as_json:
         render.say(f"{reader.engine.title} takes it: {answer['command']}")
     if as_json:
         render.data(answer)
     return code
-
-
-def _target(push: Repository | None, private: bool) -> Target | None:
-    """Open the repository to push to; whether it may be written to is seen before any work."""
-    if push is None:
-        return None
-    from ..hub import Target, quiet
-
-    quiet(bars=False)
-    return Target(push, private)
-
-
-def _carry_out(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    dst: Path | None,
-    work: Path | None,
-    to_hub: Target | None,
-    *,
-    keep: bool,
-    progress: Progress | None,
-    say: Say | None,
-    most: int,
-) -> Product | None:
-    """Convert into DST, or, where there is none, upload shard by shard and return the rest."""
-    if work is None:
-        from qplug_converters.execute import execute
-
-        assert dst is not None
-        execute(plan, checkpoint, dst, progress=progress, max_shard=most)
-        return None
-    from ..stream import convert_to_folder, convert_to_hub
-
-    if dst is not None:
-        convert_to_folder(plan, checkpoint, dst, work, keep=keep, progress=progress, max_shard=most)
-        return None
-    assert to_hub is not None
-    return convert_to_hub(
-        plan, checkpoint, to_hub, work, progress=progress, say=say, max_shard=most
-    )
-
-
-def _prove(
-    plan: Plan, checkpoint: Checkpoint, dst: Path, zero_rule: str | None, as_json: bool
-) -> Certificate:
-    """Read both again and compare every weight."""
-    from qplug_converters.checkpoint import open_checkpoint
-    from qplug_converters.verify import verify
-
-    from .verify import show
-
-    started = time.perf_counter()
-    with render.progress("verify") as progress:
-        # A copy keeps the zeros, and the config that does not say how they were stored.
-        kept = zero_rule if plan.copied_whole else None
-        one, two = open_checkpoint(checkpoint.source, zero_rule), open_checkpoint(dst, kept)
-        proof = verify(one, two, progress=progress)
-    if not as_json:
-        show(replace(proof, notes=()), started)  # the plan has shown them
-    return proof
-
-
-def _push(
-    product: Product | None, dst: Path | None, to_hub: Target, base: str | None, as_json: bool
-) -> dict[str, Any]:
-    """Commit what was uploaded shard by shard, or upload DST."""
-    from qplug_converters.checkpoint import open_checkpoint
-
-    from ..publish import Product, publish
-
-    started = time.perf_counter()
-    if product is None:
-        assert dst is not None
-        product = Product.of(open_checkpoint(dst))
-    pushed = publish(product, to_hub, base_model=base, say=None if as_json else render.say)
-    if not as_json:
-        show_push(pushed, started)
-    return pushed_json(pushed, started)
 
 
 def _check_places(dst: Path | None, push: Repository | None, prove: bool, about_push: bool) -> None:
@@ -397,11 +319,9 @@ def _show(plan: Plan) -> None:
         render.warn(note)
 
 
-def _show_errors(folder: Path) -> None:
+def _show_errors(certificate: Path) -> None:
     """Print what the certificate says of requantized linears."""
-    from qplug_converters.checkpoint import CERTIFICATE
-
-    linears = json.loads((folder / CERTIFICATE).read_text())["linears"]
+    linears = json.loads(certificate.read_text())["linears"]
     errors = {
         module: (said["relative_error"], said["minmax_relative_error"])
         for module, said in linears.items()
