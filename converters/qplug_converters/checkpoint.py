@@ -40,7 +40,7 @@ class Checkpoint:
         The quantization config, wherever it was found; `block_where` names the place.
     shards : tuple of Path
         The safetensors files.
-    locations, headers, peek, tensor, raw
+    locations, headers, peek, tensor, raw, unchanged
         Those of `Shards`; stacked experts are presented apart (`unstacked`: there are some).
     zero_rule : str or None
         The zero rule that replaces the one chosen from the producer.
@@ -54,7 +54,7 @@ class Checkpoint:
         self.config = self.read_json("config.json")
         shards = Shards(self._find_shards(), source)
         self.shards, self.locations, self.headers = shards.files, shards.locations, shards.headers
-        self.forget = shards.forget
+        self.forget, self.unchanged = shards.forget, shards.unchanged
         self.peek, self.tensor, self.raw = shards.peek, shards.tensor, shards.raw
         raise_all(shards.problems + self._check_index())
         apart = unstack(self.locations, self.config)

@@ -9,11 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MOST_SHOWN = 10
+MOST_CHARACTERS = 1000
+"""Characters of one line; a value in a hostile file may have millions."""
 
 
 def one_line(text: str) -> str:
-    """Escape what is not printable: names in a hostile file may hold lines and terminal codes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Escape what is not printable, and leave out the middle of what is too long.
+
+    Names in a hostile file may hold lines and terminal codes.
+    """
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in _clipped(text))
+    return _clipped(text)
+
+
+def _clipped(text: str) -> str:
+    half = MOST_CHARACTERS // 2
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
 
 
 class QplugError(Exception):

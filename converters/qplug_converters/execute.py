@@ -226,6 +226,7 @@ def execute(
                 journal.add(job.path.name, Made(result.sha256, files[n].size, result.records))
             if supply is not None:
                 supply.done([file for file in job.files if last[file] == n])
+        checkpoint.unchanged()
         for path in others:
             writer.file(path)
         for name, block in side_files.items():

@@ -56,6 +56,19 @@ def families(modules: Iterable[str], headers: Headers) -> Mapping[str, tuple[str
     }
 
 
+def make(width: int, shapes: Mapping[str, tuple[int, ...] | None], headers: Headers) -> bool:
+    """Whether linears of these shapes `[out, in]`, by module, make `width` features each.
+
+    Their biases must agree. Where they do not, the file says that these linears are not what makes
+    the inputs of the last one.
+    """
+    for module, shape in shapes.items():
+        bias = headers.get(f"{module}.bias")
+        if shape is None or shape[0] != width or (bias is not None and bias.shape != (width,)):
+            return False
+    return True
+
+
 def _prefixes(name: str) -> Iterable[str]:
     """Yield `a.`, `a.b.` … of a tensor's name."""
     at = name.find(".")

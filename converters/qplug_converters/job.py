@@ -145,6 +145,7 @@ def tasks_of(plan: Plan, checkpoint: Checkpoint) -> list[tuple[Task, dict[str, T
                     "a tensor that the target needs for something else",
                     new,
                     "no tensor of this name beside a quantized linear",
+                    "rename it, or choose another target",
                 )
             specs[new] = spec
         span = (0, 0)

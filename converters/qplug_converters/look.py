@@ -8,7 +8,7 @@ from __future__ import annotations
 from .checkpoint import Checkpoint
 from .format import Format
 from .route import Look
-from .scheme import ModelScheme
+from .scheme import Kind, ModelScheme
 
 
 def looker(checkpoint: Checkpoint, found: Format, model: ModelScheme) -> Look:
@@ -17,16 +17,19 @@ def looker(checkpoint: Checkpoint, found: Format, model: ModelScheme) -> Look:
 
     def look(module: str, low: int, high: int) -> bool:
         from .blocks import blocks_of, read_rows
-        from .moves import room_to_shift
+        from .moves import room_to_shift, to_zeros
 
         asked = (module, low, high)
         if asked not in known:
             scheme = model.linears[module]
             layout = found.layout(scheme)
-            known[asked] = all(
-                room_to_shift(read_rows(checkpoint, layout, scheme, module, start, stop), low, high)
+            blocks = (
+                read_rows(checkpoint, layout, scheme, module, start, stop)
                 for start, stop in blocks_of(scheme, layout)
             )
+            if scheme.kind is Kind.OFFSET:
+                blocks = (to_zeros(block, "") for block in blocks)
+            known[asked] = all(room_to_shift(block, low, high) for block in blocks)
         return known[asked]
 
     return look

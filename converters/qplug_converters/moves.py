@@ -146,7 +146,12 @@ def to_offsets(weight: QuantizedWeight, dtype: str) -> QuantizedWeight:
 
     grid = weight.affine
     offsets = (-(grid.scales.float() * grid.zeros)).to(TORCH_DTYPES[dtype])
-    _require(bool(torch.isfinite(offsets).all()), f"scales times zeros in {dtype}")
+    if not bool(torch.isfinite(offsets).all()):
+        raise QplugError(
+            f"scales times zeros that overflow {dtype}",
+            expected="offsets that are numbers",
+            fix="choose a target that stores zeros",
+        )
     return replace(weight, grid=OffsetGrid(grid.scales, offsets, grid.group_size))
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from .block import stated_group_size
 from .errors import QplugError, Refused
-from .families import MEMBERS, families
+from .families import MEMBERS, families, make
 from .format import Format, Headers
 from .names import renames
 from .route import Look, divides, find_route
-from .scheme import ModelScheme, Scheme
+from .scheme import Kind, ModelScheme, Scheme
 from .verdict import ALONE, Move, Place, Step, Verdict, Wishes
 
 __all__ = ["Move", "Plan", "Step", "Verdict", "Wishes", "make_plan"]
@@ -145,7 +145,11 @@ def make_plan(
         steps = tuple(Step(m, Verdict.COPIED, s, s) for m, s in model.linears.items())
         return Plan(source, target, model, steps, wishes)
     groups = families((*model.linears, *model.dense), headers or {})
-    mlps = {last: names for last, names in groups.items() if last in model.linears}
+    mlps = {
+        last: names
+        for last, names in groups.items()
+        if last in model.linears and _made_for(model, last, names, headers or {})
+    }
     absorbed: dict[str, tuple[str, ...]] = {}
     if holds is not None and (not holds.act_order or wishes.tp > 1):
         absorbed = {
@@ -219,16 +223,28 @@ def _renamed(
     return renames([*model.linears, *model.dense, *others], model_type, target.name)
 
 
+def _made_for(model: ModelScheme, last: str, names: tuple[str, ...], headers: Headers) -> bool:
+    """Whether linears make as many features as the last one of their MLP takes."""
+    shapes = {
+        name: (model.linears[name].out_features,)
+        if name in model.linears
+        else headers[f"{name}.weight"].shape
+        for name in names
+    }
+    return make(model.linears[last].in_features, shapes, headers)
+
+
 def _widened(
     model: ModelScheme, mlps: Iterable[str], target: Format, wishes: Wishes
 ) -> dict[int, int]:
     """Return the widths of MLPs that do not split between the ranks, with widths that do.
 
-    All linears of such MLPs must be quantized, or zeros could not be added to all alike.
+    All linears of such MLPs must be quantized, or zeros could not be added to all alike; and what
+    is added is rows and columns of an affine grid.
     """
     found: dict[int, int] = {}
     holds, tp = target.capacity, wishes.tp
-    if holds is None or tp == 1:
+    if holds is None or holds.kind is not Kind.AFFINE or tp == 1:
         return found
     for last in mlps:
         scheme = model.linears[last]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 DAMAGED = "download the file again"
 MAX_HEADER = 100_000_000
 """Bytes: the limit of the safetensors library itself."""
+
+MOST_AXES = 64
+"""Axes of a tensor: as many as NumPy has; a product of millions of sizes would take hours."""
+MOST_NAME = 4096
+"""Bytes of the name of a tensor."""
+MOST_NESTED = 100
+"""Lists and objects in one another in a JSON file; Python writes no more than some hundreds."""
 
 GUESS = 1 << 17
 """Bytes of a file elsewhere that are asked for at first: most headers fit."""
@@ -69,8 +77,7 @@ def _unique(where: str) -> Any:
     def hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise QplugError(f"two entries named {twice!r}", where, "one", REPAIR)
         return found
 
@@ -95,6 +102,13 @@ def parse_json(raw: bytes, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         kind = "null" if found is None else type(found).__name__
         raise QplugError(f"a JSON {kind}", name, "a JSON object", REPAIR)
+    level: list[Any] = [found]
+    for _ in range(MOST_NESTED):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    if level:
+        found_deep = f"lists and objects nested more than {MOST_NESTED} deep"
+        raise QplugError(found_deep, name, "a config", REPAIR)
     return found
 
 
@@ -172,7 +186,9 @@ def parse_header(path: Path, size: int, raw: bytes) -> dict[str, Location]:
         raise QplugError(f"no JSON header ({error})", name, "a safetensors file", DAMAGED) from None
     if not isinstance(header, dict):
         raise QplugError("a header that is no object", name, "a safetensors file", DAMAGED)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise QplugError("a damaged entry", f"{name}: __metadata__", "texts by name", DAMAGED)
     start = 8 + len(raw)
     found: dict[str, Location] = {}
     spans = []
@@ -182,7 +198,8 @@ def parse_header(path: Path, size: int, raw: bytes) -> dict[str, Location]:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
             whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end))
-            whole = whole and isinstance(dtype, str) and bool(tensor.encode())
+            whole = whole and isinstance(dtype, str) and 0 < len(tensor.encode()) <= MOST_NAME
+            whole = whole and len(shape) <= MOST_AXES
         except (KeyError, TypeError, ValueError):  # UnicodeError is a ValueError
             whole = False
         if not whole:
@@ -218,6 +235,22 @@ def parse_header(path: Path, size: int, raw: bytes) -> dict[str, Location]:
     return found
 
 
+def shorter(file: Path) -> QplugError:
+    """Say that a file lost its end since its header was read."""
+    return QplugError(
+        "a file that became shorter", file.name, "one that nobody writes to", "convert it again"
+    )
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file is written to or replaced; `None` if it is not here."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Maps:
     """Tensors of source files by where they lie, as views of memory maps.
 
@@ -244,11 +277,24 @@ class Maps:
                     )
             except OSError as error:
                 raise unreadable(file, error) from None
+            except ValueError:  # nothing to map
+                raise shorter(file) from None
         return self._maps[file]
+
+    def _holds(self, location: Location) -> mmap.mmap:
+        """Return the map of a file that still has all of a tensor.
+
+        Reading what a file lost after this look ends the process (SIGBUS): nothing is left under
+        the target's name then, as after any kill.
+        """
+        data = self._map(location.file)
+        if location.offset + location.spec.nbytes > min(data.size(), len(data)):
+            raise shorter(location.file)
+        return data
 
     def array(self, location: Location) -> NDArray[np.generic]:
         """Return a tensor as a NumPy view, without torch; bfloat16 comes as uint16."""
-        data = self._map(location.file)
+        data = self._holds(location)
         dtype = np.dtype(_NUMPY[location.spec.dtype])
         count = prod(location.spec.shape)
         if location.offset % dtype.itemsize:  # legal in the format, not for a typed view
@@ -270,7 +316,7 @@ class Maps:
 
     def raw(self, location: Location) -> memoryview:
         """Return the bytes of a tensor."""
-        data = memoryview(self._map(location.file))
+        data = memoryview(self._holds(location))
         return data[location.offset : location.offset + location.spec.nbytes]
 
 
@@ -294,6 +340,7 @@ class Shards:
         self.locations: dict[str, Location] = {}
         self.problems: list[QplugError] = []
         self._source = source
+        self._states = {file: _state(file) for file in self.files}
         headers = (
             [read_header(file) for file in self.files]
             if source is None
@@ -318,6 +365,25 @@ class Shards:
         self.locations.update(shown)
         self.headers.clear()
         self.headers.update((name, location.spec) for name, location in shown.items())
+
+    def unchanged(self) -> None:
+        """Refuse files that were written to or replaced since their headers were read.
+
+        Files that come or go are the source's affair.
+
+        Raises
+        ------
+        QplugError
+            If one changed: what was read of it may be half of the one and half of the other.
+        """
+        for file, before in self._states.items():
+            if before is not None and _state(file) not in (before, None):
+                raise QplugError(
+                    "a file that changed while it was read",
+                    file.name,
+                    "one that nobody writes to",
+                    "convert it again",
+                )
 
     def _fetched(self, name: str) -> Location:
         """Return where a tensor lies; a file that is elsewhere is fetched."""

@@ -32,8 +32,7 @@ def unstack(
     """
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
-    types = {config.get("model_type"), text.get("model_type")}
-    if types & set(TRANSPOSED):
+    if config.get("model_type") in TRANSPOSED or text.get("model_type") in TRANSPOSED:
         return None
     found: dict[str, Location] = {}
     taken: set[str] = set()

@@ -20,12 +20,13 @@ from .checkpoint import Checkpoint
 from .codec import TORCH_DTYPES
 from .compare import SAME, Rows, columns, compare, dense
 from .errors import QplugError
-from .families import families, widened
+from .families import families, make, widened
 from .format import Format
 from .layout import Holds, Layout, TensorSpec
 from .moves import column_order
 from .names import normal
 from .scheme import ModelScheme, Scheme
+from .source import REPAIR
 from .survey import survey
 from .threads import workers
 from .verdict import Verdict
@@ -150,7 +151,9 @@ class Side:
         else:
             whole = self.checkpoint.tensor(self.own[f"{module}.weight"])
             if not whole.is_floating_point() or whole.dtype not in TORCH_DTYPES.values():
-                raise QplugError(str(whole.dtype), f"{module}.weight", "a floating-point weight")
+                raise QplugError(
+                    str(whole.dtype), f"{module}.weight", "a floating-point weight", REPAIR
+                )
             found = whole[start:stop] if order is None else whole[order[start:stop]]
         by = self.columns.get(module)
         return found if by is None else columns(found, by)
@@ -207,6 +210,8 @@ def verify(
             problems.append(f"{name}: {problem}")
         else:
             equal += 1
+    for one_of in (first, second):
+        one_of.unchanged()
     problems += _configs(a, b, widths)
     known = a.model.notes if a.model is not None else ()
     new = [n for n in (b.model.notes if b.model is not None else ()) if n not in known]
@@ -264,7 +269,7 @@ def _configs(a: Side, b: Side, widths: Mapping[int, int]) -> list[str]:
     found = [
         f"config.json {key}: {json.dumps(one.get(key))} and {json.dumps(two.get(key))}"
         for key in sorted(one.keys() | two.keys())
-        if one.get(key) != two.get(key)
+        if json.dumps(one.get(key), sort_keys=True) != json.dumps(two.get(key), sort_keys=True)
     ]
     return found + _blocks(a, b)
 
@@ -329,6 +334,9 @@ def _correspond(a: Side, b: Side) -> dict[int, int]:
         for side, other in ((a, b), (b, a)):
             scheme, plain = side.scheme(last), other.scheme(last)
             if scheme is None or not scheme.act_order or (plain is not None and plain.act_order):
+                continue
+            made = {name: side.shape(name) for name in names}
+            if not make(scheme.in_features, made, side.checkpoint.headers):
                 continue
             part = side.layouts[last].part(Holds.G_IDX)
             assert part is not None

@@ -24,7 +24,7 @@ import numpy as np
 
 from .errors import QplugError
 from .layout import ITEMSIZE, TensorSpec
-from .shards import Location
+from .shards import Location, shorter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,9 +144,7 @@ class ShardFile:
                 if done == 0:
                     data = os.pread(file.fileno(), step, source.offset + at)
                     if not data:
-                        raise QplugError(
-                            "a file that became shorter", source.file.name, fix="leave it alone"
-                        )
+                        raise shorter(source.file)
                     _write(self._file, data, place.offset + at)
                     done = len(data)
                 at += done
