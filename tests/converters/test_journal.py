@@ -147,6 +147,7 @@ def test_another_conversion_does_not_go_on(source: Path, tmp_path: Path, counted
     assert key != conversion_key(other, checkpoint, 1000)
     os.utime(checkpoint.shards[-1], ns=(0, 0))
     assert key != conversion_key(other, checkpoint)
+    other, checkpoint = planned(source, "canonical")
     counted.fail_at = 0
     del counted.made[:]
     journal = Journal(tmp_path / "journal", key)
