@@ -29,10 +29,15 @@ class HubSupply:
 
     def __init__(self, checkpoint: Checkpoint, source: HubSource) -> None:
         self._checkpoint, self._source = checkpoint, source
+        self._begun = False
 
     def need(self, files: Sequence[Path]) -> None:
-        """Return when these files are here."""
-        self._source.need([file.name for file in files])
+        """Return when these files are here, and, at first, no others of an earlier run."""
+        names = [file.name for file in files]
+        if not self._begun:
+            self._source.sweep(names)
+            self._begun = True
+        self._source.need(names)
 
     def done(self, files: Sequence[Path]) -> None:
         """Remove files that will not be read again."""

@@ -184,6 +184,29 @@ def test_from_hub_to_hub_in_bounded_space(
     assert len(hub.seen("POST .*/commit/")) == 1
 
 
+def test_what_a_killed_run_left_takes_no_space(
+    hub: FakeHub, model: Path, here: Path, qplug: Command
+) -> None:
+    """A shard that is not needed any more, and one that the client fetched in part."""
+    source = here / ".me--awq.qplug-push" / "source"
+    parts = source / ".cache" / "huggingface" / "download"
+    parts.mkdir(parents=True)
+    (parts / "x.0123.incomplete").write_bytes(bytes(1000))
+    last = f"model-{SHARDS:05d}-of-{SHARDS:05d}.safetensors"
+    (source / last).write_bytes((model / last).read_bytes())
+    left: list[bool] = []
+
+    def watch() -> None:
+        if hub.asked[-1].method == "PUT" and not left:
+            left.extend(
+                [(source / last).exists(), *(p.exists() for p in parts.glob("*.incomplete"))]
+            )
+
+    hub.watch = watch
+    assert qplug("convert", "them/model", "--to", "awq", "--push", "me/awq").code == 0
+    assert left == [False]
+
+
 def test_the_card_is_that_of_the_folder(
     hub: FakeHub, model: Path, here: Path, qplug: Command
 ) -> None:

@@ -227,6 +227,19 @@ class HubSource:
                     self.path(name).unlink(missing_ok=True)
                     self._here.discard(name)
 
+    def sweep(self, names: Iterable[str]) -> None:
+        """Remove what an earlier run left in the work folder, but for files of these names."""
+        if self._kept or not self.folder.exists():
+            return
+        kept = set(names)
+        for path in self.folder.iterdir():
+            listed = self._files.get(path.name)
+            if listed is not None and listed.large and path.name not in kept:
+                self.done([path.name])
+                path.unlink(missing_ok=True)
+        for path in self.folder.rglob("*.incomplete"):  # of a client that was killed
+            path.unlink(missing_ok=True)
+
     def read(self, spans: Sequence[Span]) -> list[bytes]:
         """Return ranges of bytes, several at a time."""
         if len(spans) < 2:
