@@ -10,7 +10,7 @@ from . import compressed as ct
 from . import properties as has
 from .facts import OLD, SIDE, TEXT, Facts
 from .rules import Engine, Outcome, Rule
-from .stock_vllm import BITSANDBYTES
+from .stock_vllm import BITSANDBYTES, OTHER_AWQ
 
 REFUSED, WRONG, RUNS, UNTESTED = Outcome.REFUSED, Outcome.WRONG, Outcome.RUNS, Outcome.UNTESTED
 PACKAGES = {
@@ -18,8 +18,7 @@ PACKAGES = {
     "gptq_v2": "optimum gptqmodel",
     "awq": "gptqmodel accelerate",
     **dict.fromkeys(BITSANDBYTES, "bitsandbytes accelerate"),
-    "awq_gemv": "gptqmodel accelerate",
-    "awq_gemv_fast": "gptqmodel accelerate",
+    **dict.fromkeys(OTHER_AWQ, "gptqmodel accelerate"),
     "compressed-tensors": "compressed-tensors",
 }
 """Format -> what its stock quantizer imports."""
@@ -218,8 +217,7 @@ TRANSFORMERS = Engine(
             _RUNS,
         ),
         **dict.fromkeys(BITSANDBYTES, _BITSANDBYTES),
-        "awq_gemv": _AWQ_LAYERS,
-        "awq_gemv_fast": _AWQ_LAYERS,
+        **dict.fromkeys(OTHER_AWQ, _AWQ_LAYERS),
         "compressed-tensors": (
             *FOUND,
             Rule(

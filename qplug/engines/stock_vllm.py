@@ -17,6 +17,7 @@ from .rules import Engine, Outcome, Rule
 
 REFUSED, WRONG, RUNS, UNTESTED = Outcome.REFUSED, Outcome.WRONG, Outcome.RUNS, Outcome.UNTESTED
 RUN = "run, 0.32.0 on a CPU"
+OTHER_AWQ = ("awq_gemv", "awq_gemv_fast", "llm_awq")
 BITSANDBYTES = ("bnb-nf4", "bnb-fp4", "bnb-int8")
 
 
@@ -337,8 +338,7 @@ VLLM = Engine(
             ),
             _COMPRESSED_RUNS,
         ),
-        "awq_gemv": _OTHER_AWQ,
-        "awq_gemv_fast": _OTHER_AWQ,
+        **dict.fromkeys(OTHER_AWQ, _OTHER_AWQ),
         **dict.fromkeys(BITSANDBYTES, _BITSANDBYTES),
         "canonical": (_UNKNOWN_METHOD,),
     },
@@ -365,8 +365,7 @@ VLLM_CPU = Engine(
             *_CPU_ONLY[1:],
             _COMPRESSED_RUNS,
         ),
-        "awq_gemv": _OTHER_AWQ,
-        "awq_gemv_fast": _OTHER_AWQ,
+        **dict.fromkeys(OTHER_AWQ, _OTHER_AWQ),
         **dict.fromkeys(BITSANDBYTES, _NO_BITSANDBYTES),
         "canonical": (_UNKNOWN_METHOD,),
     },
