@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qplug_converters import formats
 from qplug_converters.checkpoint import Checkpoint
 from qplug_converters.errors import QplugError, Refused
 from qplug_converters.format import Format
-from qplug_converters.formats import FORMATS
 from qplug_converters.plan import Plan, Verdict, Wishes
 from qplug_converters.scheme import ModelScheme, Scheme
 
@@ -196,7 +196,7 @@ def search(
 
 def _taken(engine: Engine) -> Iterator[Format]:
     """Iterate over the formats that the engine takes in some form."""
-    for target in FORMATS:
+    for target in formats.FORMATS:
         rules = engine.rules.get(target.name, ())
         if target.capacity is not None and any(rule.outcome is Outcome.RUNS for rule in rules):
             yield target

@@ -77,7 +77,7 @@ def _rounded(one: QuantizedWeight, two: QuantizedWeight) -> bool:
             continue
         try:
             if isinstance(first.grid, OffsetGrid):
-                return _grids_differ(moves.to_zeros(first, "offsets"), second) is None
+                return _scales_rounded(moves.to_zeros(first, "offsets"), second)
             if isinstance(first.grid, RowGrid):
                 name = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
                 stated = moves.to_channel(first, name[second.grid.scales.dtype])
@@ -86,6 +86,11 @@ def _rounded(one: QuantizedWeight, two: QuantizedWeight) -> bool:
             return False
     if not (isinstance(one.grid, AffineGrid) and isinstance(two.grid, AffineGrid)):
         return False
+    return _scales_rounded(one, two)
+
+
+def _scales_rounded(one: QuantizedWeight, two: QuantizedWeight) -> bool:
+    """Whether `code - zero` is the same, and each scale of one is the other's in its dtype."""
     if not torch.equal(one.integers(), two.integers()):
         return False
     inp = one.in_features

@@ -7,7 +7,7 @@ it. Nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,13 @@ def _always(scheme: Scheme) -> bool:
     return True
 
 
+def _plain(scheme: Scheme) -> Scheme:
+    """Restate a scheme as most formats do: groups in order, zeros as they are, words filled."""
+    return replace(
+        scheme, has_g_idx=False, zero_rule="as_is", desc_act=False, per_word=0, shared=False
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """What a format writes besides tensors: the config block and its side files."""
@@ -101,7 +108,8 @@ class Format:
         `(block, headers, peek) -> ModelScheme`; collects every problem and raises them together.
         `None` for a format that is a target only.
     adopt
-        `scheme -> scheme`: the same numbers as this format states them (flags, zero rule, g_idx).
+        `scheme -> scheme`: the same numbers as this format states them (flags, zero rule, g_idx);
+        left out: no g_idx, and the stored zero is the zero.
     write
         The config of a whole model.
     shard_stem
@@ -117,6 +125,8 @@ class Format:
     decisive
         Keys of the config that two files must not differ in. Those that describe linears are not
         among them: they are compared with the tensors when a file is read, in either file.
+    keys
+        Keys of its config beside those that several tools use (`judge.KNOWN_KEYS`).
     """
 
     name: str
@@ -127,7 +137,7 @@ class Format:
     layout: Callable[[Scheme], Layout]
     parse: Callable[[Block | None], Claim] | None = None
     read: Callable[[Block | None, Headers, Peek], ModelScheme] | None
-    adopt: Callable[[Scheme], Scheme]
+    adopt: Callable[[Scheme], Scheme] = _plain
     write: Callable[[ModelScheme], Written]
     shard_stem: str = "model"
     zero_rules: tuple[str, ...] = ()
@@ -141,6 +151,7 @@ class Format:
         "lm_head",
         "pack_dtype",
     )
+    keys: frozenset[str] = frozenset()
 
     def cannot(self, scheme: Scheme) -> str | None:
         """Return why this format cannot hold `scheme` as it is, or `None`."""

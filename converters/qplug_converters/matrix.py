@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from . import formats
 from .format import Format
-from .formats import FORMATS
 from .plan import make_plan
 from .scheme import Kind, ModelScheme, ScaleFacts, Scheme, ZeroFacts
 from .verdict import Verdict
@@ -29,8 +29,9 @@ def varieties(source: Format) -> Iterator[tuple[str, Scheme]]:
     group = 64 if holds.kind is Kind.CODEBOOK else 128
     if holds.kind is Kind.ROWS:
         group = _SIZE
+    dtype = "F16" if "F16" in holds.scale_dtypes else holds.scale_dtypes[0]
     usual = replace(
-        Scheme(_SIZE, _SIZE, usual_bits, group, kind=holds.kind, scale_dtype="F16"),
+        Scheme(_SIZE, _SIZE, usual_bits, group, kind=holds.kind, scale_dtype=dtype),
         zeros=_zeros(usual_bits, sym=True),
         scales=ScaleFacts(exact=True, kept=True),
     )
@@ -60,7 +61,7 @@ def varieties(source: Format) -> Iterator[tuple[str, Scheme]]:
         for dtype in holds.scale_dtypes:
             if dtype != usual.scale_dtype:
                 found.append((f"{dtype} scales", replace(usual, scale_dtype=dtype, scales=inexact)))
-    for other in FORMATS if holds.also else ():
+    for other in formats.FORMATS if holds.also else ():
         if other.capacity is not None and other.capacity.kind in holds.also:
             (_, scheme), *_ = varieties(other)
             found.append((f"{other.name} codes", source.adopt(scheme)))
@@ -88,9 +89,9 @@ def matrix() -> dict[tuple[str, str], dict[Verdict, list[str]]]:
     """Return every ordered pair of formats that has a source."""
     return {
         (source.name, target.name): cell(source, target)
-        for source in FORMATS
+        for source in formats.FORMATS
         if source.read is not None
-        for target in FORMATS
+        for target in formats.FORMATS
     }
 
 
@@ -100,8 +101,8 @@ def grid() -> tuple[list[str], list[tuple[str, ...]]]:
     A cell has the usual verdict's first letter (Q for REQUANTIZED), and the worst of the others'.
     """
     found = matrix()
-    targets = [target.name for target in FORMATS]
-    sources = [source.name for source in FORMATS if source.read is not None]
+    targets = [target.name for target in formats.FORMATS]
+    sources = [source.name for source in formats.FORMATS if source.read is not None]
     rows = [(name, *(_letters(found[name, target]) for target in targets)) for name in sources]
     return ["from, to:", *targets], rows
 

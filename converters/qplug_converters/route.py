@@ -326,23 +326,29 @@ class Route:
 
     def _scales(self) -> None:
         """Cast scales where the target's readers take another dtype; say what it costs."""
-        goal, allowed = self.goal, self.holds.scale_dtypes
-        if goal.scale_dtype in allowed:
+        goal, dtype = self.goal, self.holds.scale_dtypes[0]
+        if goal.scale_dtype in self.holds.scale_dtypes:
             return
         if goal.scales is None:
             raise ValueError("a plan needs a surveyed model")
-        if not goal.scales.kept:
+        # The survey looks at float16; float32 holds all others, and bfloat16 none as it is.
+        if dtype == "F16" and not goal.scales.kept:
             raise Blocked(
                 Verdict.IMPOSSIBLE,
-                f"some {goal.scale_dtype} scales overflow {allowed[0]}, or become 0 in it",
+                f"some {goal.scale_dtype} scales overflow {dtype}, or become 0 in it",
                 "--to canonical keeps them",
             )
-        if not goal.scales.exact:
+        if dtype == "BF16" or (dtype == "F16" and not goal.scales.exact):
             self.roundings.append(
-                f"{goal.scale_dtype} scales rounded to {allowed[0]}: at most 2^-11 of each scale, "
-                "2^-25 absolute below 2^-14"
+                f"{goal.scale_dtype} scales rounded to {dtype}: at most {_ROUNDED_TO[dtype]}"
             )
-        self.move("cast_scales", allowed[0], scale_dtype=allowed[0])
+        self.move("cast_scales", dtype, scale_dtype=dtype)
+
+
+_ROUNDED_TO = {
+    "F16": "2^-11 of each scale, 2^-25 absolute below 2^-14",
+    "BF16": "2^-9 of each scale, 2^-134 absolute below 2^-126",
+}
 
 
 def ways_out(scheme: Scheme) -> str:

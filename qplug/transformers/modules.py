@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from qplug_converters import formats
 from qplug_converters.errors import QplugError, Unsupported, raise_all
 from qplug_converters.format import Format
-from qplug_converters.formats import FORMATS
 from qplug_converters.layout import FLOATS, TensorSpec
 from qplug_converters.scheme import ModelScheme, Scheme
 from qplug_converters.shards import Shards
@@ -64,12 +64,12 @@ def read_model(block: Mapping[str, Any], shards: Shards) -> tuple[Format, ModelS
     QplugError
         If it is of no known format, damaged, or its config contradicts its tensors.
     """
-    known = next((f for f in FORMATS if f.read and f.claims(block, shards.headers)), None)
+    known = next((f for f in formats.FORMATS if f.read and f.claims(block, shards.headers)), None)
     if known is None or known.read is None:
         raise Unsupported(
             f"quant_method {block.get('quant_method')!r}",
             "quantization_config",
-            f"one of {', '.join(f.name for f in FORMATS if f.read)}",
+            f"one of {', '.join(f.name for f in formats.FORMATS if f.read)}",
         )
     raise_all(shards.problems)
     return known, survey(shards, known, known.read(block, shards.headers, shards.peek))

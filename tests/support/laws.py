@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from math import lcm
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug_converters import codec
+from qplug_converters.block import dense_modules
 from qplug_converters.blocks import blocks_of, rows_of
 from qplug_converters.checkpoint import Checkpoint, open_checkpoint
 from qplug_converters.codec import TORCH_DTYPES, decode, encode
 from qplug_converters.errors import QplugError
+from qplug_converters.execute import execute
 from qplug_converters.format import Format
 from qplug_converters.formats import FORMATS
 from qplug_converters.layout import TensorSpec
+from qplug_converters.plan import Verdict, Wishes, make_plan
 from qplug_converters.scheme import Kind, ModelScheme, Scheme
 from qplug_converters.shards import read_header
 from qplug_converters.survey import survey
@@ -229,7 +233,9 @@ def write(
         for module, (scheme, weight) in linears.items()
         for name, tensor in encode(target.layout(scheme), weight).items()
     } | dict(rest)
-    model = ModelScheme(target.name, {m: s for m, (s, _) in linears.items()})
+    model = ModelScheme(
+        target.name, {m: s for m, (s, _) in linears.items()}, dense_modules(specs_of(rest))
+    )
     written = target.write(model)
     shards = cut(({name: spec} for name, spec in specs_of(tensors).items()), max_shard)
     with Writer(folder, shards, target.shard_stem) as writer:
@@ -250,6 +256,86 @@ def surveyed(folder: Path) -> tuple[Checkpoint, Format, ModelScheme]:
     checkpoint = open_checkpoint(folder)
     found, model = checkpoint.scheme()
     return checkpoint, found, survey(checkpoint, found, model)
+
+
+def drawn_checkpoint(
+    data: st.DataObject, target: Format, seed: int, folder: Path, also: Format | None = None
+) -> dict[str, Scheme]:
+    """Draw two linears that one config of the format can describe, and write them."""
+    assert target.capacity is not None
+    first = data.draw(schemes(target, also))
+    second = first if target.capacity.uniform else data.draw(schemes(target, also))
+    linears = {}
+    for module, scheme in zip(MODULES, (first, second), strict=True):
+        linears[module] = (scheme, weight_of(scheme, target, seed, also))
+    write(folder, target, linears, max_shard=data.draw(st.sampled_from([1 << 10, 1 << 30])))
+    return {module: scheme for module, (scheme, _) in linears.items()}
+
+
+def reads_back(folder: Path, target: Format, meant: Mapping[str, Scheme]) -> None:
+    """What was written is detected, read as it was meant, and equal to itself."""
+    checkpoint = open_checkpoint(folder)
+    found, model = checkpoint.scheme()
+    assert found is target
+    for module, scheme in meant.items():
+        got = model.linears[module]
+        # not desc_act, one flag for the model: what was drawn is the fact per linear
+        for field in ("out_features", "in_features", "bits", "act_order", "scale_dtype"):
+            assert getattr(got, field) == getattr(scheme, field), field
+        assert got.groups == scheme.groups
+        most = 4096 if scheme.kind is Kind.CODEBOOK else scheme.in_features
+        assert got.group_size == min(scheme.group_size, most)
+    sizes_are_predicted(checkpoint, target, model)
+    assert verify(checkpoint, open_checkpoint(folder)).same
+
+
+def goes_there_and_back(folder: Path, source: Format, target: Format) -> None:
+    """What lies in `a` and fits both formats is COPIED or EXACT, and so is its way back."""
+    checkpoint, found, model = surveyed(folder / "a")
+    plan = make_plan(found, model, target)
+    assert plan.verdict is (Verdict.COPIED if source is target else Verdict.EXACT)
+    execute(plan, checkpoint, folder / "b")
+    proof = verify(checkpoint, open_checkpoint(folder / "b"))
+    assert proof.same, proof
+    if target.read is None:
+        return
+    there, found, model = surveyed(folder / "b")
+    back = make_plan(found, model, source)
+    assert back.verdict <= Verdict.EXACT
+    execute(back, there, folder / "c")
+    assert verify(checkpoint, open_checkpoint(folder / "c")).same
+
+
+@st.composite
+def wishes(draw: st.DrawFn, target: Format) -> Wishes:
+    """Draw what a user may ask of a target."""
+    if target.capacity is None:
+        return Wishes(dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])))
+    return Wishes(
+        bits=draw(st.none() | st.sampled_from(target.capacity.bits)),
+        group_size=draw(st.none() | st.sampled_from([-1, 8, 16, 32])),
+        sym=draw(st.booleans()),
+    )
+
+
+def keeps_its_promise(folder: Path, target: Format, wished: Wishes) -> Verdict:
+    """What is promised of the checkpoint in `a` is proven; what is refused has its reason."""
+    checkpoint, found, model = surveyed(folder / "a")
+    plan = make_plan(found, model, target, wished)
+    if plan.verdict is Verdict.IMPOSSIBLE:
+        with pytest.raises(QplugError) as caught:
+            plan.refuse_above(Verdict.REQUANTIZED)
+        assert caught.value.found
+        assert caught.value.fix
+        return plan.verdict
+    execute(plan, checkpoint, folder / "b")
+    proof = verify(checkpoint, open_checkpoint(folder / "b"))
+    assert proof.verdict <= max(plan.verdict, Verdict.EXACT), proof
+    problems = [*proof.problems]
+    if plan.verdict is Verdict.REQUANTIZED:  # few groups may have midpoints by chance
+        problems = [p for p in problems if "every zero is the midpoint" not in p]
+    assert problems == []
+    return plan.verdict
 
 
 def sizes_are_predicted(checkpoint: Checkpoint, target: Format, model: ModelScheme) -> None:
@@ -319,3 +405,63 @@ def mutate_config(source: Path, target: Path, key: str, value: Any) -> None:
     side = target / "quantize_config.json"
     if side.exists():
         side.write_text(json.dumps(config["quantization_config"]))
+
+
+def unseen_damage(folder: Path, copies: Path) -> tuple[int, list[tuple[str, str]]]:
+    """Damage each tensor in every way; return how many copies, and which pass for the original."""
+    original = open_checkpoint(folder)
+    passed, count = [], 0
+    for count, (name, kind, seed) in enumerate(tensor_mutations(folder), 1):
+        copy = copies / str(count)
+        mutate_tensor(folder, copy, name, kind, seed)
+        if found(original, copy) is None:
+            passed.append((name, kind))
+    return count, passed
+
+
+OTHERS = (
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3,
+    4,
+    8,
+    16,
+    64,
+    96,
+    "4",
+    "false",
+    "gptq",
+    "awq",
+    "v9",
+    [],
+    {},
+)
+"""Values that a key may be changed to; `None` stands for dropping it, too."""
+
+
+def unseen_config_changes(
+    folder: Path, copies: Path, harmless: Collection[str], defaults: Mapping[str, Any]
+) -> tuple[int, list[tuple[str, Any]]]:
+    """Change each key of the config; return how many copies, and which pass for the original.
+
+    `harmless` keys are left alone; a key is not dropped where it states one of the `defaults`.
+    """
+    original = open_checkpoint(folder)
+    block = json.loads((folder / "config.json").read_text())["quantization_config"]
+    passed, count = [], 0
+    for key in [key for key in block if key not in harmless]:
+        for value in OTHERS:
+            same = type(block[key]) is type(value) and block[key] == value
+            dropped = value is None and defaults.get(key, ...) in (block[key], None)
+            if same or dropped:
+                continue
+            count += 1
+            copy = copies / f"{key}{count}"
+            mutate_config(folder, copy, key, value)
+            if found(original, copy) is None:
+                passed.append((key, value))
+    return count, passed
