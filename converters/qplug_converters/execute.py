@@ -12,6 +12,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import certificate
 from .checkpoint import CERTIFICATE, Checkpoint
 from .conversion import Rows
 from .errors import QplugError
@@ -20,7 +21,6 @@ from .job import Advance, ShardJob, ShardResult, cut_shards, run, run_alone, tas
 from .journal import Journal, Made, key_of
 from .plan import Plan
 from .threads import workers
-from .version import __version__
 from .writer import MAX_SHARD, Writer
 
 Progress = Callable[[int, int, str], None]
@@ -71,42 +71,12 @@ def _stating(block: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any
     return {k: v for k, v in {**block, **keys}.items() if k not in keys or v is not None}
 
 
-def certificate(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the plan promises of every linear, as `qplug-certificate.json` holds it."""
-    stated = {} if plan.stated is None else {"config": dict(plan.stated)}
-    return {
-        "tool": f"qplug {__version__}",
-        **stated,
-        "source": {
-            **checkpoint.source.origin,
-            "format": plan.source.name,
-            "producer": plan.model.producer,
-            "files": {s.name: checkpoint.source.size(s.name) for s in checkpoint.shards},
-            "notes": list(plan.model.notes),
-        },
-        "target": plan.target.name,
-        "verdict": plan.verdict.name,
-        "renamed": {name: list(new) for name, new in plan.renamed.items()},
-        "linears": {step.module: step.as_json() for step in plan.steps},
-        "tensors": {},
-    }
-
-
-def _note(promised: dict[str, Any], records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add to a certificate what was found in making a shard."""
-    for name, said in records.items():
-        if name in promised["linears"]:
-            promised["linears"][name].update(said)
-        else:
-            promised["tensors"][name] = said["sha256"]
-
-
 def conversion_key(plan: Plan, checkpoint: Checkpoint, max_shard: int = MAX_SHARD) -> str:
     """Return the key of a conversion for its journal: source, plan, cutting and version.
 
     A published source is known by its revision; a folder by when its shards were last written.
     """
-    facts = {**certificate(plan, checkpoint), "max_shard": max_shard}
+    facts = {**certificate.promise(plan, checkpoint), "max_shard": max_shard}
     if not checkpoint.source.origin:
         facts["written"] = [shard.stat().st_mtime_ns for shard in checkpoint.shards]
     return key_of(facts)
@@ -163,7 +133,7 @@ def execute(
     if rows is not None and executor is not None:
         raise ValueError("rows are made in this process: not with an executor")
     config, side_files = converted_config(plan, checkpoint)
-    others, promised = checkpoint.other_files, certificate(plan, checkpoint)
+    others, promised = checkpoint.other_files, certificate.promise(plan, checkpoint)
     shards = cut_shards(tasks_of(plan, checkpoint), max_shard)
     total = sum(spec.nbytes for specs, _ in shards for spec in specs.values())
     done = 0
@@ -189,12 +159,14 @@ def execute(
             journal.drop(kept.keys() - writer.kept)
         hashed = deliver is not None or journal is not None
         jobs, files = [], []
+        hashes: dict[str, str] = {}
         for file, (_, tasks) in zip(writer.shards, shards, strict=True):
             job = ShardJob(file.path, file.specs, tasks, hashed=hashed)
             before = journal.finished.get(file.path.name) if journal is not None else None
             if before is not None:
                 advance(job.nbytes, file.path.name)
-                _note(promised, before.records)
+                certificate.note(promised, before.records)
+                hashes[file.path.name] = before.sha256
                 continue
             jobs.append(job)
             files.append(file)
@@ -217,7 +189,9 @@ def execute(
         else:
             results = _there(begun(), executor, one_by_one, advance)
         for n, (job, result) in enumerate(zip(jobs, results, strict=True)):
-            _note(promised, result.records)
+            certificate.note(promised, result.records)
+            if result.sha256 is not None:
+                hashes[job.path.name] = result.sha256
             if deliver is not None:
                 assert result.sha256 is not None
                 deliver(job.path, result.sha256)
@@ -232,8 +206,10 @@ def execute(
         for name, block in side_files.items():
             writer.json(name, block)
         writer.json("config.json", config)
+        writer.index()
         made = dict(record()) if record is not None else {}
-        writer.json(CERTIFICATE, promised | made)
+        listed = certificate.files(writer, hashes)
+        writer.json(CERTIFICATE, certificate.seal({**promised, **made, "files": listed}))
         return writer.commit()
 
 

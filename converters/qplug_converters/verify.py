@@ -7,6 +7,7 @@ config. Layouts may differ; either side may be dense.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from .blocks import blocks_of, read_rows, stored_names
 from .checkpoint import Checkpoint
 from .codec import TORCH_DTYPES
 from .compare import SAME, Rows, columns, compare, dense
+from .digest import bytes_of
 from .errors import QplugError
 from .families import families, make, widened
 from .format import Format
@@ -221,6 +223,35 @@ def verify(
     notes = [*known, *_said(a, b, widths)]
     worst = max((r.verdict for r in reports), default=Verdict.EXACT)
     return Certificate(worst, tuple(reports), weights, equal, tuple(problems), tuple(notes))
+
+
+def weights_sha256(side: Side, module: str) -> str:
+    """Return the hash of the float32 weights of a linear, row by row."""
+    shape = side.shape(module)
+    assert shape is not None
+    found = hashlib.sha256()
+    step = max(1, BLOCK // max(1, shape[1]))
+    if module in side.layouts:
+        scheme = side.scheme(module)
+        assert scheme is not None
+        blocks = blocks_of(scheme, side.layouts[module], most=BLOCK)
+    else:
+        blocks = [(at, min(at + step, shape[0])) for at in range(0, shape[0], step)]
+    for start, stop in blocks:
+        found.update(bytes_of(dense(side.rows(module, start, stop)).float()))
+    return found.hexdigest()
+
+
+def deep(side: Side, *, progress: Progress | None = None) -> dict[str, str]:
+    """Return the hash of the float32 weights of every quantized linear."""
+    found = {}
+    with workers() as pool:
+        hashes = pool.map(lambda module: weights_sha256(side, module), side.layouts)
+        for n, (module, sha256) in enumerate(zip(side.layouts, hashes, strict=True), 1):
+            found[module] = sha256
+            if progress is not None:
+                progress(n, len(side.layouts), module)
+    return found
 
 
 def _bytes_differ(a: Side, b: Side, name: str) -> str:

@@ -317,11 +317,13 @@ class Writer:
         with _disk_errors(self._partial / path.name, path.stat().st_size):
             shutil.copyfile(path, self._partial / path.name)
 
-    def commit(self) -> Path:
-        """Write the index, make everything durable, and give the folder its name.
+    def small_files(self) -> list[Path]:
+        """Return the files so far that are no shards, by name."""
+        shards = {shard.path for shard in self.shards}
+        return sorted(path for path in self._partial.iterdir() if path not in shards)
 
-        A shard that is no longer there (handed over, and moved away) stays in the index.
-        """
+    def index(self) -> None:
+        """Write the index, if there are several shards."""
         if len(self.shards) > 1:
             places = [place for shard in self.shards for place in shard.places.items()]
             self.json(
@@ -331,6 +333,13 @@ class Writer:
                     "weight_map": {name: place.file.name for name, place in places},
                 },
             )
+
+    def commit(self) -> Path:
+        """Write the index, make everything durable, and give the folder its name.
+
+        A shard that is no longer there (handed over, and moved away) stays in the index.
+        """
+        self.index()
         with _disk_errors(self._partial, 0):
             for path in self._partial.iterdir():
                 with path.open("rb") as file:
