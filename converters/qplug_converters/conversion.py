@@ -35,9 +35,9 @@ from .shards import Location, Maps
 from .weight import QuantizedWeight
 from .writer import ShardFile
 
-MOST_SCRATCH = 1 << 26
-"""Bytes of a converted tensor that a thread holds before it is written in one piece; what is larger
-is written through a memory map."""
+MOST_SCRATCH = 1 << 28
+"""Bytes of converted tensors that all threads together hold before each is written in one piece;
+what is larger is written through a memory map."""
 
 Rows = Callable[[Step, int, int], QuantizedWeight]
 """`(step, start, stop)`: output rows of a linear as they are before the step's moves."""
@@ -60,15 +60,16 @@ class Linear:
 
 
 class Scratch:
-    """Memory that one thread uses again and again: fresh pages cost as much as a copy."""
+    """Memory that one of `threads` uses again and again: fresh pages cost as much as a copy."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
         self.turners = tiles.Turners()
+        self._most = MOST_SCRATCH // threads
         self._bytes = np.empty(0, np.uint8)
 
     def tensor(self, spec: TensorSpec) -> Tensor | None:
         """Return a tensor with anything in it, valid until the next call; `None` if too large."""
-        if spec.nbytes > MOST_SCRATCH:
+        if spec.nbytes > self._most:
             return None
         if self._bytes.nbytes < spec.nbytes:
             self._bytes = np.empty(spec.nbytes, np.uint8)  # NumPy asks for huge pages

@@ -26,7 +26,7 @@ from .errors import QplugError
 from .layout import Holds, TensorSpec
 from .plan import Plan, Step
 from .shards import Location, Maps
-from .threads import alone
+from .threads import MOST_WORKERS, alone
 from .writer import ShardFile, cut
 
 Mapper = Callable[[Callable[["Task"], "Done"], Iterable["Task"]], Iterator["Done"]]
@@ -200,12 +200,13 @@ def run(
     maps = Maps()
     shard = ShardFile(job.path, job.specs)
     local = threading.local()  # scratch is a thread's own
+    threads = min(torch.get_num_threads(), MOST_WORKERS)
 
     def work(task: Task) -> Done:
         if isinstance(task, Copy):
             return _copy(task, maps, shard)
         if not hasattr(local, "scratch"):
-            local.scratch = Scratch()
+            local.scratch = Scratch(threads)
         record = Conversion(task, maps, shard, local.scratch, rows).run()
         size = sum(spec.nbytes for spec in task.target.specs(task.step.target.sizes).values())
         return Done(task.step.module, size, record)
