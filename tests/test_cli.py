@@ -349,7 +349,6 @@ def test_verify_of_rounded_ones(tmp_path: Path, qplug: Command) -> None:
         (("quantize", "a", "b", "--to", "qplug", "--bits", "1", "--sym"), "cannot be symmetric"),
         (("inspect", "a", "--zero-rule", "x"), "no rule 'x'"),
         (("inspect", "a", "b"), "unexpected extra argument"),
-        (("verify", "a"), "Missing argument 'B'"),
         (("quantize", "a", "b"), "Missing option '--to'"),
         (("quantize", "a", "b", "--to", "gptq", "--group-size", "0"), "0 is no group size"),
         (("quantize", "a", "b", "--to", "gptq", "--bits", "9"), "9 is not in the range"),

@@ -63,14 +63,12 @@ def note(promised: dict[str, Any], records: Mapping[str, Mapping[str, Any]]) -> 
             promised["tensors"][name] = said["sha256"]
 
 
-def files(writer: Writer, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return size and hash of every file: of a shard the header's, and its own if it is known."""
-    found: dict[str, dict[str, Any]] = {}
-    for shard in writer.shards:
-        name = shard.path.name
-        found[name] = {"size": shard.size, "header_sha256": shard.header_sha256()}
-        if name in hashes:
-            found[name]["sha256"] = hashes[name]
+def files(writer: Writer) -> dict[str, dict[str, Any]]:
+    """Return size and hash of every file, of a shard the header's: its tensors have their own."""
+    found: dict[str, dict[str, Any]] = {
+        shard.path.name: {"size": shard.size, "header_sha256": shard.header_sha256()}
+        for shard in writer.shards
+    }
     for path in writer.small_files():
         if path.name not in UNCERTIFIED:
             found[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}

@@ -159,14 +159,12 @@ def execute(
             journal.drop(kept.keys() - writer.kept)
         hashed = deliver is not None or journal is not None
         jobs, files = [], []
-        hashes: dict[str, str] = {}
         for file, (_, tasks) in zip(writer.shards, shards, strict=True):
             job = ShardJob(file.path, file.specs, tasks, hashed=hashed)
             before = journal.finished.get(file.path.name) if journal is not None else None
             if before is not None:
                 advance(job.nbytes, file.path.name)
                 certificate.note(promised, before.records)
-                hashes[file.path.name] = before.sha256
                 continue
             jobs.append(job)
             files.append(file)
@@ -190,8 +188,6 @@ def execute(
             results = _there(begun(), executor, one_by_one, advance)
         for n, (job, result) in enumerate(zip(jobs, results, strict=True)):
             certificate.note(promised, result.records)
-            if result.sha256 is not None:
-                hashes[job.path.name] = result.sha256
             if deliver is not None:
                 assert result.sha256 is not None
                 deliver(job.path, result.sha256)
@@ -208,7 +204,7 @@ def execute(
         writer.json("config.json", config)
         writer.index()
         made = dict(record()) if record is not None else {}
-        listed = certificate.files(writer, hashes)
+        listed = certificate.files(writer)
         writer.json(CERTIFICATE, certificate.seal({**promised, **made, "files": listed}))
         return writer.commit()
 
