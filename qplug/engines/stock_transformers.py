@@ -1,7 +1,8 @@
 """Stock Transformers 5.0 to 5.23 with the packages that its quantizers ask for.
 
 Looked at: `quantizers/quantizer_gptq.py`, `quantizer_awq.py`, `utils/quantization_config.py` of
-5.0.0 to 5.23.0; GPTQModel 7.7.0, which computes for both.
+5.0.0 to 5.23.0; GPTQModel 7.7.0, which computes for both. `integration/transformers/test_stock.py`
+tries what needs no package.
 """
 
 from __future__ import annotations
