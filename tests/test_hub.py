@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 from builders import GOLDEN, Command, Draft, Q, write_index
 from fake_hub import FakeHub, content, environment, patched, refused, uploaded
 
-from qplug.hub import HubSource
+from qplug.hub import HubSource, told
 from qplug.repository import Repository
 from qplug_converters.checkpoint import open_checkpoint
+from qplug_converters.errors import QplugError
 
 ASYM = GOLDEN / "gptq-4b-asym-g64"
 ORDERED = GOLDEN / "gptq-4b-sym-g64-actorder"
@@ -213,6 +215,25 @@ def test_a_listing_that_leads_elsewhere(
     error = refused(qplug, "inspect", "them/model")
     assert error["where"] == "the listing of them/model"
     assert len(hub.asked) == 1
+
+
+def test_what_the_client_raises() -> None:
+    """Is one line about the place; a bug stays a bug."""
+    from huggingface_hub import errors
+
+    wrapped = errors.LocalEntryNotFoundError("no network")
+    wrapped.__cause__ = errors.FileMetadataError("no X-Repo-Commit")
+    for error, said in (
+        (wrapped, "an answer that is not a hub's"),
+        (errors.HFValidationError("bad name"), "bad name"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError("Consistency check failed: size"), "a file that arrived in part"),
+    ):
+        with pytest.raises(QplugError) as refused, told("them/model"):
+            raise error
+        assert (refused.value.found, refused.value.where) == (said, "them/model")
+    with pytest.raises(KeyError), told("them/model"):
+        raise KeyError("a bug")
 
 
 def test_names_below_folders_are_left_alone(hub: FakeHub, tmp_path: Path, qplug: Command) -> None:

@@ -66,6 +66,10 @@ def _explain(error: BaseException, where: str) -> QplugError | None:
             return QplugError("no such file", where, "what its listing names", "try again")
         case errors.HfHubHTTPError():
             return _explain_status(error, where, login)
+        case errors.FileMetadataError():
+            return QplugError(
+                "an answer that is not a hub's", where, fix=f"is {constants.ENDPOINT} one?"
+            )
         case errors.HFValidationError():
             return QplugError(str(error), where, "owner/name")
         case RuntimeError() if error.__cause__ is not None:  # of a thread that uploads

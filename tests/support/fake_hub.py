@@ -144,9 +144,13 @@ class FakeHub:
         self.lock = threading.RLock()
         self.watch: Callable[[], None] = lambda: None
         """Called at each request, before it is answered."""
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, large)) for large in
-                         (False, True)]  # fmt: skip
-        self.endpoint, self.storage = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
+        # Another host, and not only another port: some clients compare hosts alone.
+        places = ((False, "127.0.0.1"), (True, "127.0.0.2"))
+        self._servers = [ThreadingHTTPServer((h, 0), _handler(self, large)) for large, h in places]
+        self.endpoint, self.storage = (
+            f"http://{host}:{server.server_port}"
+            for (_, host), server in zip(places, self._servers, strict=True)
+        )
 
     def __enter__(self) -> FakeHub:
         for server in self._servers:
