@@ -50,7 +50,7 @@ format: $(READY) ## let ruff fix and format the code
 	$(BIN)/ruff format .
 
 unit: $(READY) ## tests/: no engine, no network
-	$(BIN)/pytest tests -m "not engine and not slow" --durations=5
+	$(BIN)/pytest tests -m "not engine and not slow" -n 2 --dist loadfile --durations=5
 
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
 	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration tests -m "engine and not slow" --durations=15

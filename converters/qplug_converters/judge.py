@@ -22,12 +22,16 @@ from .scheme import Kind
 SIDE_METHODS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """What an old side file that names no method is, by its name."""
 
+METHODS = ("gptq", "awq", "auto-round", "compressed-tensors", "bitsandbytes")
+"""Values of `quant_method` that one may have meant."""
+
 LAYOUT_KEYS = frozenset(
     {
         "quant_method", "method", "bits", "w_bit", "wbits", "weight_bits", "group_size",
         "q_group_size", "groupsize", "sym", "zero_point", "desc_act", "actorder",
         "checkpoint_format", "format", "version", "is_marlin_format", "pack_dtype",
-        "packing_format", "data_type", "backend", "load_in_4bit", "load_in_8bit", "_load_in_4bit",
+        "packing_format", "data_type", "act_bits", "rotation_config", "super_bits",
+        "super_group_size", "backend", "load_in_4bit", "load_in_8bit", "_load_in_4bit",
         "_load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
         "bnb_4bit_quant_storage", "llm_int8_has_fp16_weight", "config_groups", "kv_cache_scheme",
         "sparsity_config", "moe_sparsity_config", "transform_config", "modules",
@@ -38,7 +42,7 @@ MODULE_KEYS = frozenset(
     {
         "dynamic", "modules_to_not_convert", "modules_in_block_to_quantize",
         "llm_int8_skip_modules", "ignore", "extra_config", "block_name_to_quantize",
-        "to_quant_block_names", "lm_head",
+        "to_quant_block_names", "quant_block_list", "lm_head",
     }
 )  # fmt: skip
 """Keys that say which modules are quantized."""
@@ -157,8 +161,7 @@ def _format(block: Block, where: str) -> Format:
         if found.parse is not None and found.claims(block, {}):
             return found
     method = block.get("quant_method")
-    names = sorted({name for one in formats.FORMATS for name in (one.name, *one.aliases)})
-    near = get_close_matches(str(method), names, 1) if method else []
+    near = get_close_matches(str(method), METHODS, 1) if method else []
     raise Unsupported(
         f"quant_method {method!r}" if method else "nothing that names the layout",
         where,

@@ -150,6 +150,24 @@ def _stored_axes(stream: str, stored: str) -> tuple[str, ...]:
     return tuple(by_name[name] for name in after)
 
 
+@cache
+def _free(axis: tuple[str, ...], lengths: tuple[tuple[str, int], ...]) -> str:
+    """Return the one axis of a cut canonical axis whose length is not fixed."""
+    fixed = dict(lengths)
+    (free,) = (name for name in axis if name not in fixed)
+    return free
+
+
+@cache
+def _starts_right(holds: Holds, stream: str, lengths: tuple[tuple[str, int], ...]) -> bool:
+    """Whether a pattern starts at the canonical axes of what a part holds, and loses none."""
+    left, _, right = stream.partition("->")
+    named = [_free(axis, lengths) for axis in _axes(left)]
+    return sorted(named) == sorted(_CANONICAL[holds]) and sorted(_names(right)) == sorted(
+        _names(left)
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """One stored tensor of a linear, named `<module>.<name>`.
@@ -205,20 +223,14 @@ class Part:
             if len(self.constant) != TensorSpec(self.dtype, self.constant_shape).nbytes:
                 raise ValueError(f"{self.name}: {len(self.constant)} bytes are not its shape")
             return
-        left, _, right = self.stream.partition("->")
-        named = tuple(self._free(axis) for axis in _axes(left))
-        if sorted(named) != sorted(_CANONICAL[self.holds]) or sorted(_names(right)) != sorted(
-            _names(left)
-        ):
+        if not _starts_right(self.holds, self.stream, self.lengths):
             raise ValueError(f"{self.name}: {self.stream!r} does not start at the canonical axes")
         if self.packing is None and self.stored:
             raise ValueError(f"{self.name}: `stored` is for packed parts only")
 
     def _free(self, axis: tuple[str, ...]) -> str:
         """Return the one axis of a cut canonical axis whose length is not fixed."""
-        fixed = dict(self.lengths)
-        (free,) = (name for name in axis if name not in fixed)
-        return free
+        return _free(axis, self.lengths)
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -15,8 +15,10 @@ MATCH_SECONDS = 1.0
 """Time limit for one pattern and one name; real ones take microseconds."""
 
 
-def matcher(text: str, where: str) -> Callable[[str], bool]:
+def matcher(text: str, where: str, *, anywhere: bool = False) -> Callable[[str], bool]:
     """Return `name -> whether the pattern matches at its beginning`, as `re.match` does.
+
+    With `anywhere`, as `re.search` does.
 
     Raises
     ------
@@ -32,9 +34,11 @@ def matcher(text: str, where: str) -> Callable[[str], bool]:
             f"{text!r}: {error}", where, "a regular expression", "correct the config"
         ) from None
 
+    search = pattern.search if anywhere else pattern.match
+
     def matches(name: str) -> bool:
         try:
-            return pattern.match(name, timeout=MATCH_SECONDS) is not None
+            return search(name, timeout=MATCH_SECONDS) is not None
         except TimeoutError:
             raise QplugError(
                 f"a pattern of {len(text)} characters that does not come to an end",
@@ -44,6 +48,15 @@ def matcher(text: str, where: str) -> Callable[[str], bool]:
             ) from None
 
     return matches
+
+
+def flat(value: object) -> list[str]:
+    """Return the names in a list, a list of lists, or a text with commas between them."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    if isinstance(value, list):
+        return [name for item in value for name in flat(item)]
+    return []
 
 
 CLASSES = {

@@ -1,9 +1,9 @@
 """Which engine takes which checkpoint, by version: a table as data, and who goes through it.
 
 `facts.py` holds what engines go by, `properties.py` and `compressed.py` what rules ask for,
-`stock_vllm.py`, `stock_transformers.py` and `with_qplug.py` the rules, `rules.py` the judge. Of a
-format without rules nothing is claimed. `docs/engines.md` is written from here. Nothing here
-imports an engine, or torch.
+`vllm_rules.py`, `stock_vllm.py`, `stock_transformers.py` and `with_qplug.py` the rules, `rules.py`
+the judge. Of a format without rules nothing is claimed. `docs/engines.md` is written from here.
+Nothing here imports an engine, or torch.
 """
 
 from .facts import Facts, of_checkpoint, of_config, of_converted

@@ -148,6 +148,19 @@ def asymmetric_v1(facts: Facts) -> str | None:
     return "zeros are stored minus one, and it takes them as they are"
 
 
+def asymmetric(facts: Facts) -> str | None:
+    """Whether the config says asymmetric."""
+    return None if all(s.sym for s in everything_stated(facts)) else "asymmetric"
+
+
+def odd_bits(facts: Facts) -> str | None:
+    """Whether anything is neither 4 nor 8 bits."""
+    bits = {scheme.bits for scheme in facts.linears.values()}
+    bits = bits or {s.bits for s in everything_stated(facts) if isinstance(s.bits, int)}
+    other = sorted(bits - {4, 8})
+    return f"{other[0]} bits: humming's kernels may take them" if other else None
+
+
 def hidden_order(facts: Facts) -> str | None:
     """Whether there is act order that the config denies."""
     for _, stated, scheme in as_read(facts):

@@ -11,16 +11,17 @@ from . import compressed as ct
 from . import properties as has
 from .facts import OLD, SIDE, TEXT, Facts
 from .rules import Engine, Outcome, Rule
-from .stock_vllm import BITSANDBYTES
+from .vllm_rules import AUTOROUND, BITSANDBYTES, OTHER_AWQ
 
 REFUSED, WRONG, RUNS, UNTESTED = Outcome.REFUSED, Outcome.WRONG, Outcome.RUNS, Outcome.UNTESTED
 PACKAGES = {
     "gptq": "optimum gptqmodel",
     "gptq_v2": "optimum gptqmodel",
+    "gptq_p": "optimum gptqmodel>=7.3.4",
     "awq": "gptqmodel accelerate",
     **dict.fromkeys(BITSANDBYTES, "bitsandbytes accelerate"),
-    "awq_gemv": "gptqmodel accelerate",
-    "awq_gemv_fast": "gptqmodel accelerate",
+    **dict.fromkeys(OTHER_AWQ, "gptqmodel accelerate"),
+    **dict.fromkeys(AUTOROUND, "auto-round"),
     "compressed-tensors": "compressed-tensors",
 }
 """Format -> what its stock quantizer imports."""
@@ -59,6 +60,13 @@ def _without_bits(facts: Facts) -> str | None:
     if any(block.get(key) is True for key in ("load_in_4bit", "load_in_8bit")):
         return None
     return "the config has neither load_in_4bit nor load_in_8bit"
+
+
+def _other_name(facts: Facts) -> str | None:
+    method = facts.block.get("quant_method")
+    if method == "auto-round":
+        return None
+    return f"quant_method {method!r} is unknown: linears get random weights"
 
 
 def _alias(facts: Facts) -> str | None:
@@ -196,6 +204,18 @@ _BITSANDBYTES = (
     ),
     _RUNS,
 )
+_AUTOROUND = (
+    *FOUND,
+    Rule(
+        what="another quant_method than auto-round",
+        met=_other_name,
+        outcome=WRONG,
+        source="run, 5.23.0: the config alone",
+        repair=has.state_method,
+    ),
+    _EXPERTS,
+    _RUNS,
+)
 TRANSFORMERS = Engine(
     key="transformers",
     title="Transformers",
@@ -206,6 +226,7 @@ TRANSFORMERS = Engine(
     rules={
         "gptq": _GPTQ,
         "gptq_v2": _GPTQ,
+        "gptq_p": _GPTQ,
         "awq": (
             *FOUND,
             Rule(
@@ -219,8 +240,8 @@ TRANSFORMERS = Engine(
             _RUNS,
         ),
         **dict.fromkeys(BITSANDBYTES, _BITSANDBYTES),
-        "awq_gemv": _AWQ_LAYERS,
-        "awq_gemv_fast": _AWQ_LAYERS,
+        **dict.fromkeys(OTHER_AWQ, _AWQ_LAYERS),
+        **dict.fromkeys(AUTOROUND, _AUTOROUND),
         "compressed-tensors": (
             *FOUND,
             Rule(

@@ -12,6 +12,7 @@ from . import properties as has
 from .facts import FUSED, SIDE, Facts
 from .rules import Engine, Outcome, Rule
 from .stock_transformers import FOUND, LOAD
+from .vllm_rules import OTHER_AWQ
 
 OURS = "run, this version"
 
@@ -92,6 +93,23 @@ _LOADED = (
         source="run, 5.15 to 5.23",
     ),
 )
+_OTHER_AWQ = (
+    Rule(
+        what="another AWQ layout than GEMM",
+        met=lambda facts: "another AWQ layout than GEMM is not served; convert it to awq",
+        outcome=Outcome.REFUSED,
+        source=OURS,
+    ),
+)
+_OFFSETS = (
+    *FOUND,
+    Rule(
+        what="scaled zeros: no kernel multiplies by them",
+        met=lambda facts: "no kernel multiplies by scaled zeros; convert it",
+        outcome=Outcome.REFUSED,
+        source=OURS,
+    ),
+)
 VLLM_QPLUG = Engine(
     key="vllm+qplug",
     title="vLLM with qplug",
@@ -100,6 +118,7 @@ VLLM_QPLUG = Engine(
     stock=False,
     command=_serve,
     rules=dict.fromkeys(METHODS, _RULES)
+    | dict.fromkeys(OTHER_AWQ, _OTHER_AWQ)
     | {
         "canonical": (
             Rule(
@@ -120,6 +139,9 @@ TRANSFORMERS_QPLUG = Engine(
     command=_load,
     rules={name: _LOADED for name in METHODS if METHODS[name].removeprefix("qplug-") in LOADED}
     | {
+        "awq_gemv": _LOADED,
+        "awq_gemv_fast": _OFFSETS,
+        "llm_awq": _OFFSETS,
         "canonical": (
             Rule(
                 what="qplug's own form",
@@ -127,6 +149,6 @@ TRANSFORMERS_QPLUG = Engine(
                 outcome=Outcome.REFUSED,
                 source=OURS,
             ),
-        )
+        ),
     },
 )

@@ -83,7 +83,7 @@ CONTRADICTIONS = [
     Bad("v1 called v2", SYM, keys(checkpoint_format="gptq_v2", format="gptq_v2"),
         f"{GATE}.qzeros", "zeros of a symmetric v1 file", data=True),
     Bad("v2 called v1", SYM, v2_written_as_v1, f"{GATE}.qzeros", "a symmetric v2 file", data=True),
-    Bad("planar", "gptq_p-3b-sym-g128", lambda d, f: d.save(f), "checkpoint_format", "'gptq_p'"),
+    Bad("planar", "gptq_p-3b-sym-g128", keys(bits=6), "quantization_config.bits", "6 (planar"),
     Bad("unknown method", GPTQ, keys(quant_method="hqq", method="hqq"), "", "quant_method 'hqq'"),
     Bad("method number", GPTQ, keys(quant_method=5, method=5), "", "quant_method 5"),
     Bad("AWQ called GPTQ", AWQ, keys(quant_method="gptq"), "quant_method", "stored as 'gemm'"),

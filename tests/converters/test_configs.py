@@ -29,7 +29,7 @@ CALLED = {
     "compressed-tensors:pack-quantized": ("compressed-tensors",),
     "bnb-4bit": ("bnb-nf4", "bnb-fp4"),
     "bnb-int8": ("bnb-int8",),
-    "auto-round:gptq": ("auto-round", "autoround", "auto-round-gptq"),
+    "auto-round:gptq": ("autoround_gptq",),
 }
 """What the files call a format, and its names here."""
 
@@ -47,7 +47,7 @@ REFUSED = {
     "fp8_scheme_typo": ("quant_method 'fp8'", "another tool's format"),
     "gptq_bits_string": ("bits", "found '4', expected a JSON integer"),
     "gptq_group_zero": ("group_size", "found 0, expected -1 or a positive number"),
-    "gptq_planar_6bit": ("checkpoint_format", "planar packing"),
+    "gptq_planar_6bit": ("quantization_config.bits", "6 (planar"),
     "gptq_v2_side_wins": ("group_size -1 in config.json and 32 in quantize_config.json",),
     "gptq_webgpu_unknown_keys": ("'mixed_precision', 'modules_not_quantized'",),
     "hqq_dict": ("quant_method 'hqq'", "another tool's format"),

@@ -67,7 +67,7 @@ schemes = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(schemes, kinds, seeds, exponents)
 def test_affine(
     drawn: tuple[int, int, bool, str, tuple[int, int]], kind: str, seed: int, exponent: int
@@ -103,7 +103,7 @@ def test_affine(
     assert torch.equal(torch.cat([h.result.grid.zeros for h in halves]), grid.zeros)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     data=st.data(),
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -259,7 +259,7 @@ def blocks_of(result: tuple[Tensor, Tensor], table: Tensor, blocksize: int) -> T
 
 
 @tables
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(kind=kinds, seed=seeds, exponent=exponents, inp=st.sampled_from([96, 64, 33]))
 def test_codebook(table: Tensor, kind: str, seed: int, exponent: int, inp: int) -> None:
     weight = weights(kind, seed, exponent, 9, inp)
@@ -321,7 +321,7 @@ def test_codebook_thresholds_are_those_of_bitsandbytes() -> None:
     assert levels.codes(-middles[:, None], one).view(-1).tolist() == [8 + c for c in order[:-1]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(kind=kinds, seed=seeds, exponent=exponents, rows=st.sampled_from([1, 9]))
 def test_rows(kind: str, seed: int, exponent: int, rows: int) -> None:
     weight = weights(kind, seed, exponent, rows, 200)

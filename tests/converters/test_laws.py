@@ -127,10 +127,13 @@ def test_every_flipped_bit_is_found(written: Path, tmp_path: Path, seed: int) ->
 
 
 HARMLESS = {
-    ("gptq", "meta"), ("gptq_v2", "meta"),  # decides the zero rule where a zero is 2^bits - 1
+    # decides the zero rule where a zero is 2^bits - 1
+    ("gptq", "meta"), ("gptq_v2", "meta"), ("gptq_p", "meta"),
     # tensors say what is quantized; entries that lie: below
     ("awq", "modules_to_not_convert"), ("awq_gemv", "modules_to_not_convert"),
     ("awq_gemv_fast", "modules_to_not_convert"), ("llm_awq", "modules_to_not_convert"),
+    ("autoround", "block_name_to_quantize"), ("autoround_gptq", "block_name_to_quantize"),
+    ("autoround_awq", "block_name_to_quantize"),
     ("compressed-tensors", "ignore"),  # the same: test_compressed_tensors.py
     ("compressed-tensors", "global_compression_ratio"),  # for the reader's information
     ("compressed-tensors", "version"),  # decides the packing only where shapes cannot
@@ -147,7 +150,8 @@ DEFAULTS = {"sym": None, "desc_act": False, "lm_head": False, "pack_dtype": "int
             "quantization_status": "compressed", "bnb_4bit_quant_type": None,
             "bnb_4bit_quant_storage": "uint8", "bnb_4bit_use_double_quant": False,
             "load_in_4bit": None, "_load_in_4bit": None, "load_in_8bit": None,
-            "_load_in_8bit": None}  # fmt: skip
+            "_load_in_8bit": None, "data_type": "int",
+            "packing_format": "auto_round:auto_gptq"}  # fmt: skip
 """What readers take where a key is missing: dropping a key that says so changes nothing."""
 
 

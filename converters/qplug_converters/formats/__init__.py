@@ -3,6 +3,7 @@
 from ..errors import QplugError
 from ..format import Format
 from . import (
+    autoround,
     awq,
     awq_gemv,
     awq_gemv_fast,
@@ -12,14 +13,19 @@ from . import (
     compressed_tensors,
     dense,
     gptq,
+    gptq_p,
     gptq_v2,
 )
 
 FORMATS: tuple[Format, ...] = (
     canonical.FORMAT,
     gptq_v2.FORMAT,
+    gptq_p.FORMAT,
     gptq.FORMAT,
     awq.FORMAT,
+    autoround.FORMAT,
+    autoround.GPTQ,
+    autoround.AWQ,
     awq_gemv.FORMAT,
     awq_gemv_fast.FORMAT,
     awq_gemv_fast.LLM_AWQ,

@@ -36,6 +36,7 @@ from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import Holds, Layout, Packing, Part
 from ..scheme import ModelScheme, Scheme
 from ..stored import read_linears
+from . import gptq
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Field i of a word holds column ORDER[i] of its eight (AutoAWQ `awq/utils/packing_utils.py`)."""
@@ -56,13 +57,6 @@ _UNSUPPORTED = {
 
 _AWQ_KEYS = ("zero_point", "w_bit", "q_group_size")
 """Keys that AWQ tools alone write."""
-
-_FOREIGN = {
-    "ratio": "OpenVINO",
-    "ignored_scope": "OpenVINO",
-    "sensitivity_metric": "OpenVINO",
-}
-"""Keys of tools whose `awq` is another format."""
 
 
 def layout(scheme: Scheme) -> Layout:
@@ -154,9 +148,6 @@ def parse_as(kind: str, name: str) -> Callable[[Block | None], Claim]:
             )
         if group_size is not None and (group_size == 0 or group_size < -1):
             keys.problem("group_size", f"{group_size}", "-1 or a positive number")
-        for key, tool in _FOREIGN.items():
-            if key in keys.block:
-                keys.problem(key, f"a key of {tool}", "the config of an AWQ checkpoint")
         if zero_point is False and sym is False:
             keys.problem(
                 "zero_point and sym",
@@ -217,7 +208,7 @@ def read_with(
     problems: list[QplugError] = []
     linears = read_linears(claim, modules, layout, headers, peek, problems)
     raise_all(problems)
-    notes = skip_notes(claim, linears)
+    notes = skip_notes(claim, linears) + gptq.two_methods(claim.block)
     if kind != "gemm" and claim.block and kind_of(claim.block) is None:
         notes += (f"the config names no version, which readers take for gemm; stored as {kind}",)
     return ModelScheme(claim.format, linears, dense_modules(headers), "", notes, claim.block)

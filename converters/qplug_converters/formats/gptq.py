@@ -40,15 +40,15 @@ from ..claim import Claim, Stated
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import Holds, Layout, Packing, Part
+from ..patterns import flat, matcher
 from ..scheme import ModelScheme, Scheme
 from ..stored import read_linears
 from ..version import __version__
 
 BITS = (2, 3, 4, 8)
-MATCH_SECONDS = 1.0
-"""Time limit for one pattern of `dynamic` and one name; real ones take microseconds."""
+_GPTQ_KEYS = ("desc_act", "damp_percent", "checkpoint_format", "static_groups", "is_marlin_format")
+"""Keys that GPTQ tools alone write."""
 UNSUPPORTED = {
-    "gptq_p": "planar packing",
     "marlin": "Marlin tiles",
     "bitblas": "BitBLAS tiles",
 }
@@ -106,11 +106,22 @@ def checkpoint_format(block: Block | None) -> str | None:
     return value.lower()
 
 
+def claims_kind(block: Block | None, headers: Headers) -> str | None:
+    """Return the `checkpoint_format` of a GPTQ checkpoint, or `None` if it is none."""
+    block = block or {}
+    if not (block.get("quant_method") or block.get("method")):
+        shapes = stored_as(headers)
+        ours = any(block.get(key) is not None for key in _GPTQ_KEYS)
+        foreign = block.get("packing_format") is not None
+        # Keys alone are judged only where there are no tensors to look at.
+        if foreign or (shapes[:1] != ("gptq",) if headers else not ours):
+            return None
+    return checkpoint_format(block)
+
+
 def claims(block: Block | None, headers: Headers) -> bool:
     """Whether this is a v1 checkpoint (or one of an unknown `checkpoint_format`)."""
-    if block and (block.get("quant_method") or block.get("method")):
-        return checkpoint_format(block) not in (None, "gptq_v2")
-    return stored_as(headers)[:1] == ("gptq",) and checkpoint_format(block) != "gptq_v2"
+    return claims_kind(block, headers) not in (None, "gptq_v2", "gptq_p")
 
 
 def producer(block: Block) -> str:
@@ -146,40 +157,66 @@ def zero_rule(made_by: str, bits: int, base_bits: int, dynamic: bool) -> str:
 def _overrides(
     keys: Keys, dynamic: Mapping[str, Any]
 ) -> Callable[[str], tuple[str, Mapping[str, Any] | None] | None]:
-    """Compile `dynamic`: module -> the rule and its overrides, `None` for full precision.
-
-    Patterns come from an untrusted file: `regex` matches as `re` does, and takes a time limit.
-    """
-    import regex
-
+    """Compile `dynamic`: module -> the rule and its overrides, `None` for full precision."""
     rules = []
     for text, values in dynamic.items():
         skip = text.startswith("-:")
         try:
-            pattern = regex.compile(text.removeprefix("-:").removeprefix("+:"))
-        except (regex.error, RecursionError, OverflowError) as error:
-            keys.problem("dynamic", f"{text!r}: {error}", "a regular expression")
+            matches = matcher(text.removeprefix("-:").removeprefix("+:"), f"{keys.where}.dynamic")
+        except QplugError as error:
+            reason = error.found.partition(": ")[2]
+            keys.problem("dynamic", f"{text!r}: {reason}", "a regular expression")
             continue
         if not skip and not isinstance(values, Mapping):
             keys.problem("dynamic", f"{values!r} for {text!r}", "an object of overrides")
             continue
-        rules.append((text, pattern, None if skip else values))
+        rules.append((text, matches, None if skip else values))
 
     def first_of(module: str) -> tuple[str, Mapping[str, Any] | None] | None:
-        for text, pattern, values in rules:
-            try:
-                if pattern.match(module, timeout=MATCH_SECONDS):
-                    return text, values
-            except TimeoutError:
-                raise QplugError(
-                    f"a pattern of {len(pattern.pattern)} characters that does not come to an end",
-                    "quantization_config.dynamic",
-                    "regular expressions of module names",
-                    "correct the config",
-                ) from None
-        return None
+        return next(((text, values) for text, hit, values in rules if hit(module)), None)
 
     return first_of
+
+
+LISTS = ("modules_in_block_to_quantize", "block_name_to_quantize", "modules_to_not_convert")
+"""Keys that list modules: a list that misses a quantized linear is a note, for tools disagree
+about its names; the other ways to leave a module in full precision are contradictions."""
+
+
+def listed(keys: Keys) -> Callable[[str], str | None]:
+    """Compile the lists of modules: module -> the key that leaves it in full precision.
+
+    An entry of `modules_in_block_to_quantize` is a part of a name (Optimum, vLLM), and an empty
+    list says nothing. `modules_to_not_convert` holds parts of names too.
+    """
+    for key in (LISTS[0], LISTS[2]):
+        value = keys.block.get(key)
+        if value is not None and not isinstance(value, list):
+            keys.problem(key, f"{value!r}", "a list of names")
+    only = [name.removesuffix(".weight") for name in flat(keys.block.get(LISTS[0]))]
+    never = flat(keys.block.get(LISTS[2]))
+
+    def skip(module: str) -> str | None:
+        if only and not any(name in module for name in only):
+            return LISTS[0]
+        return LISTS[2] if any(name in f"{module}." for name in never) else None
+
+    return skip
+
+
+def allowed_bits(made_by: str) -> tuple[int, ...]:
+    """Return the widths that are read: of 5, 6 and 7 bits only AutoRound's are a bit stream."""
+    return (2, 3, 4, 5, 6, 7, 8) if "auto-round" in made_by.lower() else BITS
+
+
+def check_bits(keys: Keys, bits: int | None, allowed: tuple[int, ...]) -> None:
+    """Refuse widths that are not read, planar ones by name."""
+    if bits is None:
+        if not keys.problems:
+            keys.problem("bits", "no such key", f"one of {allowed}")
+    elif bits not in allowed:
+        planar = " (planar, as GPTQModel stores it)" if bits in (5, 6, 7) else ""
+        keys.problem("bits", f"{bits}{planar}", f"one of {allowed}")
 
 
 def parse_as(name: str, kind: str) -> Callable[[Block | None], Claim]:
@@ -190,29 +227,36 @@ def parse_as(name: str, kind: str) -> Callable[[Block | None], Claim]:
         block = keys.block
         found = checkpoint_format(block)
         if found != kind:
+            if found is None:
+                raise QplugError(
+                    f"{block.get('quant_method') or block.get('method')!r}",
+                    "quantization_config.quant_method",
+                    "gptq",
+                    "correct the config",
+                )
             what = UNSUPPORTED.get(found or "", "an unknown packing")
             raise QplugError(
                 f"{found!r} ({what})",
                 "quantization_config.checkpoint_format",
-                "gptq or gptq_v2",
+                "gptq, gptq_v2 or gptq_p",
                 "save it again with checkpoint_format gptq_v2 in the tool that wrote it",
             )
+        made_by = producer(block)
+        allowed = allowed_bits(made_by) if kind == "gptq" else BITS
         bits = keys.get(int, "bits", "w_bit", "wbits", "weight_bits")
         group_size = keys.get(int, "group_size", "q_group_size", "groupsize")
         sym = keys.get(bool, "sym")
         desc_act = keys.get(bool, "desc_act", "actorder", default=False)
         word = keys.get(str, "pack_dtype", default="int32")
         dynamic = keys.get(dict, "dynamic", default={})
-        if bits is None and not keys.problems:
-            keys.problem("bits", "no such key", f"one of {BITS}")
-        elif bits is not None and bits not in BITS:
-            keys.problem("bits", f"{bits}", f"one of {BITS}")
+        check_bits(keys, bits, allowed)
         if group_size is not None and (group_size == 0 or group_size < -1):
             keys.problem("group_size", f"{group_size}", "-1 or a positive number")
         if word != "int32":
             keys.problem("pack_dtype", f"{word!r}", "'int32'")
         keys.get(str, "checkpoint_format", "format")
         lm_head = keys.get(bool, "lm_head")
+        by_list = listed(keys)
         first_of = _overrides(keys, dynamic)
         raise_all(keys.problems)
         base = Stated(bits, group_size, sym, desc_act)
@@ -228,14 +272,15 @@ def parse_as(name: str, kind: str) -> Callable[[Block | None], Claim]:
                 mine.get(bool, "sym", default=sym),
                 mine.get(bool, "desc_act", default=desc_act),
             )
-            if own.bits not in BITS:
-                mine.problem("bits", f"{own.bits}", f"one of {BITS}")
+            check_bits(mine, own.bits, allowed)
             raise_all(mine.problems)
             return own
 
         def skip(module: str) -> str | None:
             found = first_of(module)
-            return found[0] if found is not None and found[1] is None else None
+            if found is not None:
+                return found[0] if found[1] is None else None
+            return by_list(module)
 
         return Claim(
             format=name,
@@ -243,7 +288,7 @@ def parse_as(name: str, kind: str) -> Callable[[Block | None], Claim]:
             overrides=overrides,
             skip=skip,
             lm_head=lm_head,
-            producer=producer(block),
+            producer=made_by,
             block=block,
             details={"dynamic": bool(dynamic)},
         )
@@ -255,7 +300,11 @@ Rules = Callable[[str, int, int, bool], str]
 """`(producer, bits, base bits, has dynamic) -> zero rule`."""
 
 
-def read_as(parse: Callable[[Block | None], Claim], rules: Rules) -> Any:
+def read_as(
+    parse: Callable[[Block | None], Claim],
+    rules: Rules,
+    layout: Callable[[Scheme], Layout] = layout,
+) -> Any:
     """Return the `read` of a format; `rules` chooses the zero rule."""
 
     def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
@@ -286,17 +335,24 @@ def read_with(
         raise QplugError(
             "no `*.qweight` tensor", "the checkpoint's headers", "quantized linears", INCOMPLETE
         )
-    problems = [
-        QplugError(
-            "a quantized linear",
-            f"{module}.qweight",
-            f"full precision (the config says {entry!r})",
-            "remove the rule from the config",
-        )
-        for module in modules
-        if (entry := claim.skip(module)) is not None
-    ]
-    kept = [module for module in modules if claim.skip(module) is None]
+    problems: list[QplugError] = []
+    unlisted: dict[str, str] = {}
+    kept = []
+    for module in modules:
+        entry = claim.skip(module)
+        if entry in LISTS:
+            unlisted.setdefault(entry, module)
+        elif entry is not None:
+            problems.append(
+                QplugError(
+                    "a quantized linear",
+                    f"{module}.qweight",
+                    f"full precision (the config says {entry!r})",
+                    "remove the rule from the config",
+                )
+            )
+            continue
+        kept.append(module)
     linears = read_linears(claim, kept, layout, headers, peek, problems)
     dynamic = bool(claim.details.get("dynamic"))
     for module, scheme in linears.items():
@@ -314,10 +370,25 @@ def read_with(
                 )
             )
     raise_all(problems)
-    notes = _notes(claim, linears)
+    notes = (
+        _notes(claim, linears)
+        + two_methods(claim.block)
+        + tuple(
+            f"{key} leaves {module} in full precision, which is quantized"
+            for key, module in unlisted.items()
+        )
+    )
     return ModelScheme(
         claim.format, linears, dense_modules(headers), claim.producer, notes, claim.block
     )
+
+
+def two_methods(block: Block) -> tuple[str, ...]:
+    """Say that a config has the packing of AutoRound and the method of another tool."""
+    packing, method = block.get("packing_format"), block.get("quant_method") or block.get("method")
+    if packing is None or str(method).lower() not in ("gptq", "awq"):
+        return ()
+    return (f"quant_method is {method!r} beside AutoRound's packing_format {packing!r}",)
 
 
 def _notes(claim: Claim, linears: Mapping[str, Scheme]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from . import gptq
 
 def claims(block: Block | None, headers: Headers) -> bool:
     """Whether the config says v2; nothing in the tensors can tell."""
-    return bool(block) and gptq.checkpoint_format(block) == "gptq_v2"
+    return bool(block) and gptq.claims_kind(block, headers) == "gptq_v2"
 
 
 def adopt(scheme: Scheme) -> Scheme:
