@@ -78,7 +78,8 @@ def stored_as(headers: Headers) -> tuple[str, ...]:
         (rows, words), (groups, width) = codes.shape, scales.shape
         kinds = []
         zeros = found["qzeros"].shape if "qzeros" in found else ()
-        if groups == rows and len(zeros) == 2 and width == 8 * zeros[1] and "g_idx" not in found:
+        fits = width == 8 * zeros[1] if len(zeros) == 2 else width % 8 == 0
+        if groups == rows and fits and "g_idx" not in found:
             kinds.append("gemv")
         if width == words:
             kinds.append("gptq")

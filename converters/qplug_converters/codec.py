@@ -144,7 +144,7 @@ def _unpadded(part: Part, plain: Tensor, sizes: Mapping[str, int]) -> Tensor:
     """Drop the groups that fill up to `part.multiple`; they hold nothing but zero bytes."""
     if part.multiple == 1:
         return plain
-    padding = plain[:, sizes["group"] :].contiguous()
+    padding = plain[:, sizes["group"] :].flatten().clone()  # `view` wants a stride of 1
     if bool(padding.view(torch.uint8).any()):
         raise QplugError(
             f"numbers behind the last of {sizes['group']} groups",

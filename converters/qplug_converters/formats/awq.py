@@ -10,8 +10,9 @@ w[n, k] = scales[k // G, n] * (code - zero), zeros 0 to 15. in is a multiple of 
 `g_idx`. `group_size: -1` is one group per row.
 
 Traps. ORDER is not its own inverse. `zero_point: false` files (AutoRound) hold zeros of 8 all the
-same. `modules_to_not_convert` is matched as a substring by readers, null breaks some of them, and
-an entry such as `mlp.gate` also un-quantizes `mlp.gate_proj`: the tensors show what is quantized.
+same; where a converter left `qzeros` out, 8 is meant, and they are written again.
+`modules_to_not_convert` is matched as a substring by readers, null breaks some of them, and an
+entry such as `mlp.gate` also un-quantizes `mlp.gate_proj`: the tensors show what is quantized.
 `backend: llm-awq` means that layout, whatever `version` says; `version: exllama`, `exllamav2` and
 `ipex` are choices of a loader (Transformers), and the file is GEMM.
 """
@@ -55,13 +56,15 @@ _UNSUPPORTED = {
     "paroquant": "rotated weights",
 }
 
+_ZEROS = ("qzeros",)
 _AWQ_KEYS = ("zero_point", "w_bit", "q_group_size")
 """Keys that AWQ tools alone write."""
 
 
 def layout(scheme: Scheme) -> Layout:
     """Return the stored tensors of one linear."""
-    return Layout(
+    return stored(
+        scheme,
         (
             Part(
                 name="qweight",
@@ -83,8 +86,13 @@ def layout(scheme: Scheme) -> Layout:
                 dtype=scheme.scale_dtype,
                 stream="out group -> group out",
             ),
-        )
+        ),
     )
+
+
+def stored(scheme: Scheme, parts: tuple[Part, ...]) -> Layout:
+    """Return the layout of those parts that the file does not do without."""
+    return Layout(tuple(part for part in parts if part.name not in scheme.lacks))
 
 
 def kind_of(block: Block) -> str | None:
@@ -206,7 +214,23 @@ def read_with(
             "no `*.qweight` tensor", "the checkpoint's headers", "quantized linears", INCOMPLETE
         )
     problems: list[QplugError] = []
-    linears = read_linears(claim, modules, layout, headers, peek, problems)
+    zeroless = [
+        module
+        for module in modules
+        if kind in ("gemm", "gemv") and claim.of(module).sym and f"{module}.qzeros" not in headers
+    ]
+    linears = read_linears(
+        claim,
+        zeroless,
+        lambda scheme: layout(replace(scheme, lacks=_ZEROS)),
+        headers,
+        peek,
+        problems,
+    )
+    linears = {module: replace(scheme, lacks=_ZEROS) for module, scheme in linears.items()}
+    rest = [module for module in modules if module not in zeroless]
+    linears |= read_linears(claim, rest, layout, headers, peek, problems)
+    linears = {module: linears[module] for module in modules if module in linears}
     raise_all(problems)
     notes = skip_notes(claim, linears) + gptq.two_methods(claim.block)
     if kind != "gemm" and claim.block and kind_of(claim.block) is None:
@@ -228,7 +252,7 @@ def skip_notes(claim: Claim, linears: Mapping[str, Scheme]) -> tuple[str, ...]:
 
 def adopt(scheme: Scheme) -> Scheme:
     """Restate a scheme as AWQ writes it."""
-    return replace(scheme, has_g_idx=False, zero_rule="as_is", desc_act=False)
+    return replace(scheme, has_g_idx=False, zero_rule="as_is", desc_act=False, lacks=())
 
 
 def write_as(kind: str) -> Callable[[ModelScheme], Written]:

@@ -27,7 +27,7 @@ from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek
 from ..layout import Holds, Layout, Packing, Part
 from ..scheme import ModelScheme, Scheme
-from .awq import adopt, check_stored, claims_kind, parse_as, read_with, write_as
+from .awq import adopt, check_stored, claims_kind, parse_as, read_with, stored, write_as
 
 GROUPS = (32, 64, 128)
 """Group sizes that are written; larger ones are read."""
@@ -41,7 +41,8 @@ def padding(group_size: int) -> int:
 def layout(scheme: Scheme) -> Layout:
     """Return the stored tensors of one linear."""
     padded = padding(scheme.group_size)
-    return Layout(
+    return stored(
+        scheme,
         (
             Part(
                 name="qweight",
@@ -65,7 +66,7 @@ def layout(scheme: Scheme) -> Layout:
                 stream="out group -> out group",
                 multiple=padded,
             ),
-        )
+        ),
     )
 
 
