@@ -6,9 +6,10 @@ limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from .block import dense_linears
+from .block import Keys, dense_linears
 from .errors import QplugError
 
 MATCH_SECONDS = 1.0
@@ -57,6 +58,56 @@ def flat(value: object) -> list[str]:
     if isinstance(value, list):
         return [name for item in value for name in flat(item)]
     return []
+
+
+def first_rule(
+    keys: Keys, dynamic: Mapping[str, Any]
+) -> Callable[[str], tuple[str, Mapping[str, Any] | None] | None]:
+    """Compile `dynamic`: module -> the rule and its overrides, `None` for full precision."""
+    rules = []
+    for text, values in dynamic.items():
+        skip = text.startswith("-:")
+        try:
+            matches = matcher(text.removeprefix("-:").removeprefix("+:"), f"{keys.where}.dynamic")
+        except QplugError as error:
+            reason = error.found.partition(": ")[2]
+            keys.problem("dynamic", f"{text!r}: {reason}", "a regular expression")
+            continue
+        if not skip and not isinstance(values, Mapping):
+            keys.problem("dynamic", f"{values!r} for {text!r}", "an object of overrides")
+            continue
+        rules.append((text, matches, None if skip else values))
+
+    def first_of(module: str) -> tuple[str, Mapping[str, Any] | None] | None:
+        return next(((text, values) for text, hit, values in rules if hit(module)), None)
+
+    return first_of
+
+
+LISTS = ("modules_in_block_to_quantize", "block_name_to_quantize", "modules_to_not_convert")
+"""Keys that list modules: a list that misses a quantized linear is a note, for tools disagree
+about its names; the other ways to leave a module in full precision are contradictions."""
+
+
+def listed(keys: Keys) -> Callable[[str], str | None]:
+    """Compile the lists of modules: module -> the key that leaves it in full precision.
+
+    An entry of `modules_in_block_to_quantize` is a part of a name (Optimum, vLLM), and an empty
+    list says nothing. `modules_to_not_convert` holds parts of names too.
+    """
+    for key in (LISTS[0], LISTS[2]):
+        value = keys.block.get(key)
+        if value is not None and not isinstance(value, list):
+            keys.problem(key, f"{value!r}", "a list of names")
+    only = [name.removesuffix(".weight") for name in flat(keys.block.get(LISTS[0]))]
+    never = flat(keys.block.get(LISTS[2]))
+
+    def skip(module: str) -> str | None:
+        if only and not any(name in module for name in only):
+            return LISTS[0]
+        return LISTS[2] if any(name in f"{module}." for name in never) else None
+
+    return skip
 
 
 CLASSES = {

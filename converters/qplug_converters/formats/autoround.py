@@ -33,7 +33,7 @@ from ..claim import Claim, Stated
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import Layout
-from ..patterns import flat, matcher
+from ..patterns import flat, listed, matcher
 from ..scheme import ModelScheme, Scheme
 from . import awq, gptq
 
@@ -162,7 +162,7 @@ def parse_as(name: str, allowed: tuple[int, ...]) -> Callable[[Block | None], Cl
                 except QplugError as error:
                     keys.problems.append(error)
         blocks = _blocks(keys)
-        by_list = gptq.listed(keys)
+        by_list = listed(keys)
         raise_all(keys.problems)
 
         def named(module: str) -> str | None:

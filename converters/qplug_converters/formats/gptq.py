@@ -40,7 +40,7 @@ from ..claim import Claim, Stated
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
 from ..layout import Holds, Layout, Packing, Part
-from ..patterns import flat, matcher
+from ..patterns import LISTS, first_rule, listed
 from ..scheme import ModelScheme, Scheme
 from ..stored import read_linears
 from ..version import __version__
@@ -154,56 +154,6 @@ def zero_rule(made_by: str, bits: int, base_bits: int, dynamic: bool) -> str:
     return "word"
 
 
-def _overrides(
-    keys: Keys, dynamic: Mapping[str, Any]
-) -> Callable[[str], tuple[str, Mapping[str, Any] | None] | None]:
-    """Compile `dynamic`: module -> the rule and its overrides, `None` for full precision."""
-    rules = []
-    for text, values in dynamic.items():
-        skip = text.startswith("-:")
-        try:
-            matches = matcher(text.removeprefix("-:").removeprefix("+:"), f"{keys.where}.dynamic")
-        except QplugError as error:
-            reason = error.found.partition(": ")[2]
-            keys.problem("dynamic", f"{text!r}: {reason}", "a regular expression")
-            continue
-        if not skip and not isinstance(values, Mapping):
-            keys.problem("dynamic", f"{values!r} for {text!r}", "an object of overrides")
-            continue
-        rules.append((text, matches, None if skip else values))
-
-    def first_of(module: str) -> tuple[str, Mapping[str, Any] | None] | None:
-        return next(((text, values) for text, hit, values in rules if hit(module)), None)
-
-    return first_of
-
-
-LISTS = ("modules_in_block_to_quantize", "block_name_to_quantize", "modules_to_not_convert")
-"""Keys that list modules: a list that misses a quantized linear is a note, for tools disagree
-about its names; the other ways to leave a module in full precision are contradictions."""
-
-
-def listed(keys: Keys) -> Callable[[str], str | None]:
-    """Compile the lists of modules: module -> the key that leaves it in full precision.
-
-    An entry of `modules_in_block_to_quantize` is a part of a name (Optimum, vLLM), and an empty
-    list says nothing. `modules_to_not_convert` holds parts of names too.
-    """
-    for key in (LISTS[0], LISTS[2]):
-        value = keys.block.get(key)
-        if value is not None and not isinstance(value, list):
-            keys.problem(key, f"{value!r}", "a list of names")
-    only = [name.removesuffix(".weight") for name in flat(keys.block.get(LISTS[0]))]
-    never = flat(keys.block.get(LISTS[2]))
-
-    def skip(module: str) -> str | None:
-        if only and not any(name in module for name in only):
-            return LISTS[0]
-        return LISTS[2] if any(name in f"{module}." for name in never) else None
-
-    return skip
-
-
 def allowed_bits(made_by: str) -> tuple[int, ...]:
     """Return the widths that are read: of 5, 6 and 7 bits only AutoRound's are a bit stream."""
     return (2, 3, 4, 5, 6, 7, 8) if "auto-round" in made_by.lower() else BITS
@@ -257,7 +207,7 @@ def parse_as(name: str, kind: str) -> Callable[[Block | None], Claim]:
         keys.get(str, "checkpoint_format", "format")
         lm_head = keys.get(bool, "lm_head")
         by_list = listed(keys)
-        first_of = _overrides(keys, dynamic)
+        first_of = first_rule(keys, dynamic)
         raise_all(keys.problems)
         base = Stated(bits, group_size, sym, desc_act)
 
