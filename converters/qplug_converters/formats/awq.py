@@ -19,7 +19,8 @@ entry such as `mlp.gate` also un-quantizes `mlp.gate_proj`: the tensors show wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ..block import (
@@ -59,6 +60,9 @@ _UNSUPPORTED = {
 _ZEROS = ("qzeros",)
 _AWQ_KEYS = ("zero_point", "w_bit", "q_group_size")
 """Keys that AWQ tools alone write."""
+
+
+_INSIDE_BLOCK = re.compile(r"^(?:.*\.)?layers\.\d+\.")
 
 
 def layout(scheme: Scheme) -> Layout:
@@ -250,6 +254,22 @@ def skip_notes(claim: Claim, linears: Mapping[str, Scheme]) -> tuple[str, ...]:
     )
 
 
+def skip_list(dense: Iterable[str], quantized: Sequence[str]) -> list[str]:
+    """Return what the config says is not quantized; no entry is found in a quantized module.
+
+    Readers look for an entry anywhere in a module's name: vLLM in the whole name, AutoAWQ in what
+    follows `layers.<n>.`, so that is what is written where it holds in every block.
+    """
+    entries: dict[str, None] = {}
+    for name in dense:
+        inside = _INSIDE_BLOCK.sub("", name)
+        for entry in (inside, name):
+            if not any(entry in module for module in quantized):
+                entries[entry] = None
+                break
+    return list(entries)
+
+
 def adopt(scheme: Scheme) -> Scheme:
     """Restate a scheme as AWQ writes it."""
     return replace(scheme, has_g_idx=False, zero_rule="as_is", desc_act=False, lacks=())
@@ -272,11 +292,7 @@ def write_as(kind: str) -> Callable[[ModelScheme], Written]:
                 "split them to one size with --group-size",
             )
         quantized = tuple(model.linears)
-        skip = [
-            name
-            for name in dense_linears(model.dense)
-            if not any(name in module for module in quantized)
-        ]
+        skip = skip_list(dense_linears(model.dense), quantized)
         if not any(module.endswith("lm_head") for module in quantized) and "lm_head" not in skip:
             skip.append("lm_head")
         block: dict[str, object] = {
