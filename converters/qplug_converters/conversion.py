@@ -246,7 +246,7 @@ class Conversion:
             some = rows_of(before, stored, scheme.sizes, start, stop)
             numbers = unpack_part(before, some, {**scheme.sizes, "out": stop - start})
             if part is not None and part.holds is Holds.SCALES:
-                check_scales(numbers)
+                check_scales(numbers, before.name)
             wide = numbers.float() if before.holds is Holds.SCALES else numbers
             self.before.part(before.holds.value, wide)
             if todo is None:

@@ -6,6 +6,7 @@ limit.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from .errors import QplugError
 
 MATCH_SECONDS = 1.0
 """Time limit for one pattern and one name; real ones take microseconds."""
+ALL_SECONDS = 5.0
+"""Time limit for one pattern and all names."""
 
 
 def matcher(text: str, where: str, *, anywhere: bool = False) -> Callable[[str], bool]:
@@ -36,10 +39,17 @@ def matcher(text: str, where: str, *, anywhere: bool = False) -> Callable[[str],
         ) from None
 
     search = pattern.search if anywhere else pattern.match
+    spent = 0.0
 
     def matches(name: str) -> bool:
+        nonlocal spent
+        started = time.perf_counter()
         try:
-            return search(name, timeout=MATCH_SECONDS) is not None
+            hit = search(name, timeout=MATCH_SECONDS) is not None
+            spent += time.perf_counter() - started
+            if spent > ALL_SECONDS:
+                raise TimeoutError
+            return hit
         except TimeoutError:
             raise QplugError(
                 f"a pattern of {len(text)} characters that does not come to an end",

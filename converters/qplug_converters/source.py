@@ -112,7 +112,10 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names of the files, sorted; that of a folder ends in `/`."""
-        return sorted(f"{p.name}/" if p.is_dir() else p.name for p in self.folder.iterdir())
+        try:
+            return sorted(f"{p.name}/" if p.is_dir() else p.name for p in self.folder.iterdir())
+        except OSError as error:
+            raise unreadable(self.folder, error) from None
 
     def path(self, name: str) -> Path:
         """Return the path of a file; refuse one that leads out of the folder."""

@@ -234,7 +234,9 @@ def _floats(raw: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
 def _offset_facts(tensors: HasPeek, module: str, layout: Layout, scheme: Scheme) -> Scheme:
     """Recover the integer zeros of a grid of offsets: zero = rint(-offset / scale).
 
-    The weights stay the same bit for bit where every offset is -(scale * zero).
+    The weights stay the same bit for bit where every offset is -(scale * zero), and are rounded
+    where it is that product rounded once. Where offsets are neither, or zeros lie outside the grid,
+    there are no zeros to tell of.
     """
     parts = {part.holds: part for part in layout}
     found = {}
@@ -243,10 +245,12 @@ def _offset_facts(tensors: HasPeek, module: str, layout: Layout, scheme: Scheme)
         raw = rearrange(tensors.peek(f"{module}.{part.name}"), swapped(part.stream))
         found[holds] = _floats(raw[:, : scheme.groups], part.dtype)
     scales, offsets = found[Holds.SCALES], found[Holds.OFFSETS]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         exact = np.rint(-offsets / scales)
-    zero = np.where(scales == 0, 0, exact)
-    if not np.isfinite(zero).all():  # refused, with its own sentence, when it is decoded
+        zero = np.where(scales == 0, 0, exact)
+        near = (-(scales * zero)).astype(np.float16) == offsets
+    # Numbers that are none are refused, with a sentence of their own, when they are decoded.
+    if not (near & (zero >= 0) & (zero <= 1 << scheme.bits)).all():
         return scheme
     products = bool((scales.astype(np.float64) * zero == -offsets).all())
     facts = ZeroFacts(

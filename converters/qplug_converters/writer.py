@@ -25,6 +25,7 @@ import numpy as np
 from .errors import QplugError
 from .layout import ITEMSIZE, TensorSpec
 from .shards import Location, shorter
+from .source import unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -314,7 +315,12 @@ class Writer:
 
     def file(self, path: Path) -> None:
         """Copy a file of the model that holds no weights."""
-        with _disk_errors(self._partial / path.name, path.stat().st_size):
+        try:
+            with path.open("rb"):
+                size = path.stat().st_size
+        except OSError as error:
+            raise unreadable(path, error) from None
+        with _disk_errors(self._partial / path.name, size):
             shutil.copyfile(path, self._partial / path.name)
 
     def small_files(self) -> list[Path]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import Command, Draft, Q, Stored, header_of, shard_bytes, write_index
+from builders import Command, Draft, Q, Stored, convert, header_of, shard_bytes, write_index
 
+from qplug_converters import formats
 from qplug_converters.checkpoint import open_checkpoint
 from qplug_converters.errors import QplugError
+from qplug_converters.plan import make_plan
+from qplug_converters.survey import survey
 
 GPTQ = "gptq-4b-asym-g64"
 SYM = "gptq-4b-sym-g128"
@@ -223,9 +227,29 @@ def check(error: QplugError, bad: Bad) -> None:
     for one in everything:
         assert one.where
         assert one.fix, f"what to do about: {one}"
+        assert len(str(one)) < 1100
         assert str(one).isprintable()
         assert one.fix.isprintable()
         assert not str(one).endswith(".")
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return what is below a folder, with sizes and times, links as links."""
+    found = {}
+    for path in folder.rglob("*"):
+        state = path.lstat()
+        found[str(path)] = (state.st_size, 0 if path.is_dir() else state.st_mtime_ns)
+    return found
+
+
+def refused_on_the_way(bad: Bad, folder: Path, to: str = "canonical") -> None:
+    """Opening, reading, surveying, planning or converting raises the one error; nothing is made."""
+    bad.write(Draft.of(bad.golden), folder / "source")
+    before = listing(folder)
+    with pytest.raises(QplugError) as caught:
+        convert(folder / "source", folder / "target", to)
+    check(caught.value, bad)
+    assert listing(folder) == before
 
 
 def refused_by_library(bad: Bad, folder: Path) -> None:
@@ -258,3 +282,28 @@ def refused_by_command(bad: Bad, folder: Path, qplug: Command) -> None:
     # Nothing was made, not even the parent of the target, and nothing was touched.
     assert not (folder / "new").exists()
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def many_tensors(folder: Path, linears: int) -> float:
+    """Read, survey and plan a checkpoint of many linears of 8 x 8; return CPU seconds."""
+    draft = Draft.of(GPTQ)
+    draft.save_small(folder)
+    parts = {"qweight": ("I32", [1, 8], 32), "qzeros": ("I32", [1, 1], 4),
+             "scales": ("F16", [1, 8], 16), "g_idx": ("I32", [8], 32)}  # fmt: skip
+    lies, at = {}, 0
+    for number in range(linears):
+        for part, (dtype, shape, size) in parts.items():
+            lies[f"model.layers.{number}.mlp.down_proj.{part}"] = {
+                "dtype": dtype, "shape": shape, "data_offsets": [at, at + size],
+            }  # fmt: skip
+            at += size
+    (folder / SHARD).write_bytes(shard_bytes(lies, bytes(at)))
+    began = time.process_time()
+    checkpoint = open_checkpoint(folder)
+    found, model = checkpoint.scheme()
+    assert len(model.linears) == linears
+    plan = make_plan(
+        found, survey(checkpoint, found, model), formats.find("awq"), headers=checkpoint.headers
+    )
+    assert len(plan.steps) == linears
+    return time.process_time() - began
