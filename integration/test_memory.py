@@ -1,6 +1,7 @@
 """Peak anonymous memory of a conversion, whatever the size of a linear and the number of cores.
 
-One linear of 2^30 codes, and twenty-four of 2^25 with as many threads as a machine of 16 cores has.
+One linear of 2^30 codes, twenty-four of 2^25 with as many threads as a machine of 16 cores has, and
+a checkpoint of more than 8 GB with the linears of a 70B model.
 
 Anonymous memory (`RssAnon`) is what a process asks for itself; pages of the memory-mapped source
 and output are the page cache's and go when somebody needs them.
@@ -135,6 +136,27 @@ def test_many_cores(
     said = f"convert {' '.join(options)}, {MANY} linears, {THREADS} threads"
     report(f"{said}: {(peak - base) / GIB:.2f} GiB above import torch")
     assert peak - base <= GIB
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_eight_gigabytes(tmp_path: Path, report: Callable[[str], None]) -> None:
+    source = write(tmp_path / "gptq", 72, 1 << 13, 28672)
+    size = (source / "model.safetensors").stat().st_size
+    assert size > 8 << 30
+    base = peak_anonymous([sys.executable, "-c", "import torch"])
+    start = time.perf_counter()
+    peak = peak_anonymous([QPLUG, "convert", str(source), str(tmp_path / "awq"), "--to", "awq"])
+    seconds = time.perf_counter() - start
+    report(
+        f"convert --to awq, {size / 1e9:.1f} GB: {(peak - base) / GIB:.2f} GiB above import torch, "
+        f"{seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s"
+    )
+    assert peak - base <= GIB
+    checked = subprocess.run(
+        [QPLUG, "verify", tmp_path / "awq", "--json"], capture_output=True, check=False
+    )
+    assert json.loads(checked.stdout)["problems"] == []
 
 
 @pytest.mark.engine

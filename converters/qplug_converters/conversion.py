@@ -269,15 +269,20 @@ class Conversion:
             return
         rows = step.source.out_features
         same = before == part
-        turned = not same and two.kind is not tiles.Kind.ROWS
+        words_of = as_words(stored, one.kind, rows)
+        made = same
+        if (one.kind, two.kind) == (tiles.Kind.COLUMNS, tiles.Kind.TILES):
+            for first, tiled in self.scratch.turners.tiles_of_columns(words_of, two.order):
+                self.shard.put(name, tiled, first * tiled.shape[1] * 4)
+            made = True
+        turned = not made and two.kind is not tiles.Kind.ROWS
         into = self.scratch.tensor(self.shard.specs[name]) if turned else None
         filled = self.shard.view(name) if turned and into is None else into
-        words_of = as_words(stored, one.kind, rows)
         for start, turner, words in self.scratch.turners.blocks(one, words_of, rows):
             self.before.row_words(words)
             if filled is not None:
                 turner.write(two, words, filled, start)
-            elif not same:
+            elif not made:
                 self.shard.put(name, words, start * words.shape[1] * 4)
         if same:
             self.shard.copy(name, self.linear.reads[before.name])
