@@ -77,7 +77,7 @@ bench: $(READY) $(GPTQ) $(AWQ) ## measure against cp, clone(), stock vLLM and de
 docs: $(READY) ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate.py
 
-soak: $(READY) $(DENSE) ## the long tests: many requests, many conversions
+soak: $(READY) $(DENSE) ## the long tests: a fuzzer, kill -9, a full disk, 8 GB, many requests
 	$(BIN)/pytest integration tests -m slow
 
 clean: ## remove .venv and build/

@@ -176,7 +176,12 @@ def to_channel(weight: QuantizedWeight, dtype: str) -> QuantizedWeight:
     assert isinstance(grid, RowGrid)
     exact = grid.absmax.double() / 127
     scales = exact.to(TORCH_DTYPES[dtype])[:, None]
-    _require(bool(torch.isfinite(scales).all()), f"scales in {dtype}")
+    if not bool(torch.isfinite(scales).all()):
+        raise QplugError(
+            f"absmax / 127 that overflow {dtype}",
+            expected="scales that are numbers",
+            fix="choose a target that holds float32 scales",
+        )
     zeros = torch.full(scales.shape, 128, dtype=torch.int16)
     return replace(weight, grid=AffineGrid(scales, zeros, weight.in_features))
 

@@ -103,7 +103,7 @@ def _explain_status(error: errors.HfHubHTTPError, where: str, login: str) -> Qpl
             return QplugError(f"no right to do this ({said})", where, "a right to write", fix)
         case 409 | 412:
             return QplugError(f"a change by somebody else ({said})", where, fix="try again")
-    fix = "try again" if status in PASSING else ""
+    fix = "try again" if status in PASSING else "see whether a browser gets it"
     return QplugError(f"an answer that is no success ({said})", where, fix=fix)
 
 

@@ -104,7 +104,7 @@ class HubSource:
         self.commit = info.sha or ""
         self.private = bool(info.private)
         if not _COMMIT.fullmatch(self.commit):
-            raise QplugError(f"commit {info.sha!r}", str(repository), "a commit hash")
+            raise QplugError(f"commit {info.sha!r}", str(repository), "a commit hash", "try again")
         self._files: dict[str, Listed] = {}
         self._folders: set[str] = set()
         for sibling in info.siblings or ():
@@ -118,7 +118,15 @@ class HubSource:
             else:
                 lfs = sibling.lfs
                 hash_ = lfs.sha256 if lfs is not None else sibling.blob_id or ""
-                self._files[first] = Listed(sibling.size or 0, hash_, lfs is not None)
+                size = sibling.size or 0
+                if type(size) is not int or size < 0:
+                    raise QplugError(
+                        f"size {size!r} of {first}",
+                        f"the listing of {repository}",
+                        "a number of bytes",
+                        "try again",
+                    )
+                self._files[first] = Listed(size, hash_, lfs is not None)
         cache = Path(constants.HF_HUB_CACHE).expanduser()
         named = repo_folder_name(repo_id=repository.name, repo_type="model")
         self.folder = work if work is not None else cache / named / "snapshots" / self.commit

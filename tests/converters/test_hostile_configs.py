@@ -15,6 +15,7 @@ from qplug_converters.patterns import matcher
 CT = "ct-int4-asym-g64"
 NF4, INT8 = "bnb-nf4", "bnb-int8"
 FAST = "awq-gemv_fast-g64"
+ROUND, MIXED, PLANAR = "autoround-gptq-sym-g128", "autoround-mixed-extra", "gptq_p-3b-sym-g128"
 WHERE = "quantization_config"
 GROUP = f"{WHERE}.config_groups.group_0"
 
@@ -76,6 +77,21 @@ MEANINGS = [
     Bad("words of 64 bits", GPTQ, keys(pack_dtype="int64"), f"{WHERE}.pack_dtype", "'int64'"),
     Bad("tiles", GPTQ, keys(checkpoint_format="bitblas", format="bitblas"),
         f"{WHERE}.checkpoint_format", "'bitblas'"),
+    Bad("microscaled floats", ROUND, keys(data_type="mx_fp"), f"{WHERE}.data_type", "'mx_fp'"),
+    Bad("doubly quantized scales", ROUND, keys(super_bits=6, super_group_size=8),
+        f"{WHERE}.super_bits", "6"),
+    Bad("activations of 8 bits", ROUND, keys(act_bits=8), f"{WHERE}.act_bits", "8"),
+    Bad("an unknown packing", ROUND, keys(packing_format="auto_round:nv_fp4"),
+        f"{WHERE}.packing_format", "'auto_round:nv_fp4'"),
+    Bad("a packing that is a number", ROUND, keys(packing_format=4), WHERE, "4"),
+    Bad("floats in one module", MIXED, keys(extra_config={Q: {"data_type": "fp"}}),
+        f"extra_config for {Q}.data_type", "'fp'"),
+    Bad("groups of 0 in one module", MIXED, keys(extra_config={Q: {"group_size": 0}}),
+        f"extra_config for {Q}.group_size", "0"),
+    Bad("a module that is a number", MIXED, keys(extra_config={Q: 8}), f"{WHERE}.extra_config",
+        "8"),
+    Bad("planes of 4 bits", PLANAR, keys(bits=4), Q, "I32"),
+    Bad("planes as a stream", PLANAR, keys(pack_dtype="int8"), f"{WHERE}.pack_dtype", "'int8'"),
     Bad("nf5", NF4, keys(bnb_4bit_quant_type="nf5"), f"{WHERE}.bnb_4bit_quant_type", "'nf5'"),
     Bad("storage of 64 bits", NF4, keys(bnb_4bit_quant_storage="int64"),
         f"{WHERE}.bnb_4bit_quant_storage", "'int64'"),

@@ -293,11 +293,12 @@ def many_tensors(folder: Path, linears: int) -> float:
     lies, at = {}, 0
     for number in range(linears):
         for part, (dtype, shape, size) in parts.items():
-            lies[f"model.layers.{number}.mlp.down_proj.{part}"] = {
+            lies[f"{number}.down_proj.{part}"] = {
                 "dtype": dtype, "shape": shape, "data_offsets": [at, at + size],
             }  # fmt: skip
             at += size
-    (folder / SHARD).write_bytes(shard_bytes(lies, bytes(at)))
+    raw = json.dumps(lies, separators=(",", ":")).encode()
+    (folder / SHARD).write_bytes(shard_bytes(raw, bytes(at)))
     began = time.process_time()
     checkpoint = open_checkpoint(folder)
     found, model = checkpoint.scheme()
