@@ -81,6 +81,7 @@ WRITTEN = {
         "gptq_p-3b-sym-g128",
         "gptq_v2-4b-asym-g64 --bits 8",
         "autogptq-3b-sym-g64 --bits 4",
+        "autogptq-4b-asym-g128 --bits 8",
         "autogptq-4b-sym-ragged-g96 --group-size 32",
         "awq-gemm-g128 --bits 8",
         "awq-gemm-g32-bias --bits 8",

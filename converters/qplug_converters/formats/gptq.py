@@ -46,6 +46,9 @@ from ..stored import read_linears
 from ..version import __version__
 
 BITS = (2, 3, 4, 8)
+FOLLOWED = "gptqmodel:7.7.0"
+"""The release whose conventions are followed. It stands beside qplug in `meta.quantizer`, for that
+tool reads asymmetric v1 files only where it is named there."""
 _GPTQ_KEYS = ("desc_act", "damp_percent", "checkpoint_format", "static_groups", "is_marlin_format")
 """Keys that GPTQ tools alone write."""
 UNSUPPORTED = {
@@ -396,7 +399,7 @@ def write_as(kind: str) -> Callable[[ModelScheme], Written]:
             "checkpoint_format": kind,
             "format": kind,
             "pack_dtype": "int32",
-            "meta": {"quantizer": [f"qplug:{__version__}"], "static_groups": False},
+            "meta": {"quantizer": [f"qplug:{__version__}", FOLLOWED], "static_groups": False},
         }
         if dynamic:
             block["dynamic"] = dynamic
