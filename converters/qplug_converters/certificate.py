@@ -36,8 +36,8 @@ def promise(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
             "format": plan.source.name,
             "producer": plan.model.producer,
             "files": {s.name: checkpoint.source.size(s.name) for s in checkpoint.shards},
-            "sha256": _known(checkpoint.shards),
-            "notes": list(plan.model.notes),
+            "sha256": source_hashes(checkpoint),
+            "notes": list(plan.notes),
         },
         "target": plan.target.name,
         "verdict": plan.verdict.name,
@@ -52,6 +52,27 @@ def _known(files: tuple[Path, ...]) -> dict[str, str]:
     names = {file.name: file.resolve().name for file in files if file.is_symlink()}
     hexadecimal = frozenset("0123456789abcdef")
     return {n: h for n, h in names.items() if len(h) == 64 and hexadecimal.issuperset(h)}
+
+
+def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the sha256 of a source's config files, and of its shards' headers.
+
+    Tensors have their own in the certificate, one by one; a repository has its revision, and in
+    huggingface_hub's cache each file's hash as its name.
+    """
+    known = _known(checkpoint.shards)
+    if checkpoint.source.origin:
+        return known
+    names = ("config.json", *checkpoint.side_configs)
+    found = {name: sha256_of(checkpoint.folder / name) for name in names}
+    return known | found | {f"{s.name} header": header_sha256(s) for s in checkpoint.shards}
+
+
+def header_sha256(shard: Path) -> str:
+    """Return the hash of a safetensors file's header, its length included."""
+    with shard.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
 def note(promised: dict[str, Any], records: Mapping[str, Mapping[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .blocks import rows_of
-from .certificate import UNCERTIFIED, seal_of, sha256_of
+from .certificate import UNCERTIFIED, seal_of, sha256_of, source_hashes
 from .checkpoint import CERTIFICATE, Checkpoint
 from .codec import constant, form, pack_part, unpack_part
 from .conversion import Conversion, Linear, Nowhere, Scratch
@@ -268,8 +268,12 @@ def _check_source(
     before = Side.of(source)
     facts = said["source"]
     sizes = {shard.name: source.source.size(shard.name) for shard in source.shards}
-    if facts.get("files") != sizes:
+    known = facts.get("sha256")
+    hashes = source_hashes(source)
+    other = isinstance(known, dict) and any(known.get(n, h) != h for n, h in hashes.items())
+    if facts.get("files") != sizes or other:
         found.problems.append("the source: other files than the certificate names")
+        return
     name = before.format.name if before.format is not None else "dense"
     if facts.get("format") != name:
         found.problems.append(f"the source: format {name}, not {facts.get('format')}")

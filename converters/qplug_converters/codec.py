@@ -395,14 +395,15 @@ def _held(weight: QuantizedWeight, holds: Holds, *, nested: bool = False) -> Ten
     if holds is Holds.CODES:
         return weight.codes
     grid = weight.grid
-    if isinstance(grid, AffineGrid):
-        if holds is Holds.G_IDX:
-            return grid.group_of_inputs(weight.in_features).to(torch.int32)
-        return grid.zeros if holds is Holds.ZEROS else grid.scales
-    if isinstance(grid, OffsetGrid):
-        return grid.offsets if holds is Holds.OFFSETS else grid.scales
-    if isinstance(grid, RowGrid):
+    if isinstance(grid, AffineGrid) and holds is Holds.G_IDX:
+        return grid.group_of_inputs(weight.in_features).to(torch.int32)
+    if isinstance(grid, RowGrid) and holds is Holds.SCALES:
         return grid.absmax[:, None]
+    if not isinstance(grid, CodebookGrid):
+        found = getattr(grid, holds.value, None)
+        if isinstance(found, Tensor):
+            return found
+        raise ValueError(f"a {type(grid).__name__} has no {holds.value}: it is on another grid")
     if holds is Holds.ABSMAX and not nested:
         return grid.absmax
     if grid.nested is None:

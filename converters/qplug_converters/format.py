@@ -119,6 +119,8 @@ class Format:
         first; empty where there is only one.
     foreign_rules
         Rules of files labelled wrongly, with what such a file really is.
+    says_kv
+        Whether its config says how the KV cache is quantized.
     current
         `scheme -> bool`: whether readers of today take a linear stored like this; one that they
         do not take is written anew where others would be copied.
@@ -143,6 +145,7 @@ class Format:
     zero_rules: tuple[str, ...] = ()
     foreign_rules: tuple[tuple[str, str], ...] = ()
     current: Callable[[Scheme], bool] = _always
+    says_kv: bool = False
     decisive: tuple[str, ...] = (
         "quant_method",
         "checkpoint_format",

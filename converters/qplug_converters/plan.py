@@ -79,6 +79,17 @@ class Plan:
             after += _size(self.target, step.target)
         return before, after
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about the source, and what the target's config cannot say."""
+        if self.copied_whole or not self.model.kv_scheme or self.target.says_kv:
+            return self.model.notes
+        return (
+            *self.model.notes,
+            f"scales of the KV cache are carried, and configs of {self.target.name} have no key "
+            "for them: vLLM takes them with --kv-cache-dtype fp8",
+        )
+
     def refuse_above(self, allow: Verdict) -> None:
         """Raise if the plan is worse than `allow`.
 
@@ -192,6 +203,8 @@ def make_plan(
     steps = tuple(
         replace(s, name=new_names[s.module][0]) if s.module in new_names else s for s in steps
     )
+    if source is target and not (model.forced or model.unstacked):
+        steps = tuple(_untouched(step, source) for step in steps)
     padded = {
         f"{name}.bias": place.out_features
         for name, place in places.items()
@@ -208,6 +221,15 @@ def make_plan(
         padded=padded,
         renamed=new_names,
     )
+
+
+def _untouched(step: Step, known: Format) -> Step:
+    """Return a step that changes nothing as one that copies bytes."""
+    changes = step.moves or step.refits or step.rows_from or step.name or step.padding
+    same = known.layout(step.source) == known.layout(step.target)
+    if changes or not same or not known.current(step.source) or step.verdict > Verdict.EXACT:
+        return step
+    return replace(step, verdict=Verdict.COPIED, target=step.source, reason="")
 
 
 def _renamed(

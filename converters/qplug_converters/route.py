@@ -28,8 +28,8 @@ DEFAULT_GROUP = 128
 """Inputs per group where a requantized linear had no groups of its own."""
 
 
-SMALLEST_GROUP = 16
-"""The smallest groups that a split between ranks may leave: below, scales outweigh the codes."""
+SMALLEST_GROUP = 32
+"""The smallest groups that a split between ranks may leave: engines have no kernels for others."""
 
 
 def divides(features: int, group_size: int, ranks: int, words: int) -> bool:
@@ -200,7 +200,7 @@ class Route:
             raise Blocked(
                 Verdict.REQUANTIZED,
                 f"{goal.bits}-bit codes do not fit {wanted} bits",
-                ways_out(goal),
+                ways_out(goal) if wishes.bits is None else f"--bits {goal.bits} keeps them",
             )
         if bits == goal.bits:
             return
@@ -310,6 +310,8 @@ class Route:
             ways.insert(0, "--to gptq_v2")
         if wider:
             ways.insert(0, f"--bits {wider[0]}")
+        elif goal.bits < 8 and goal.scale_dtype == "F16":
+            ways.insert(0, "--to gptq_v2 --bits 8")
         raise Blocked(
             Verdict.REQUANTIZED,
             f"some zeros are {out}, and {self.target.name} holds {low} to {high} at {goal.bits} "

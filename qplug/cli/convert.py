@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 @click.option(
     "--group-size", type=int, callback=group_size, help="Split groups to this many inputs."
 )
-@click.option("--sym", is_flag=True, help="Shift codes until zeros are symmetric (needs --bits).")
+@click.option("--sym", is_flag=True, help="Shift codes until zeros are symmetric.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -162,6 +163,11 @@ def command(
     if target is not None:
         wishes = Wishes(bits=bits, group_size=group_size, sym=sym, dtype=dtype or "float32", tp=tp)
         plan = make(model, target, wishes)
+        if tp > 1:
+            alone = make(model, target, replace(wishes, tp=1))
+            answer["tp_bytes"] = cost = plan.nbytes[1] - alone.nbytes[1]
+            if not as_json:
+                render.say(f"{tp} ranks cost {render.size(cost)} ({cost / alone.nbytes[1]:+.2%})")
     else:
         assert reader is not None
         considered = search(checkpoint, found, model, reader.engine, reader.version, make, str(src))
@@ -295,7 +301,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "counts": {verdict.name: count for verdict, count in plan.counts.items()},
         "producer": plan.model.producer,
         "bytes": dict(zip(("before", "after"), plan.nbytes, strict=True)),
-        "notes": list(plan.model.notes),
+        "notes": list(plan.notes),
         "linears": [{"module": step.module, **step.as_json()} for step in plan.steps],
     }
 
@@ -315,7 +321,7 @@ def _show(plan: Plan) -> None:
         ("linears", "verdict", "from", "to", "how"),
         [(count, *key) for key, count in kinds.items()],
     )
-    for note in plan.model.notes:
+    for note in plan.notes:
         render.warn(note)
 
 

@@ -107,7 +107,9 @@ def _against_certificate(
         what = (
             f"{found.linears} linears, {found.tensors} tensors carried along, {found.files} files"
         )
-        holds = "holds" if found.holds else f"does not hold: {len(found.problems)} things are wrong"
+        wrong = len(found.problems)
+        count = "1 thing is wrong" if wrong == 1 else f"{wrong} things are wrong"
+        holds = "holds" if found.holds else f"does not hold: {count}"
         against = "" if source is None else f" and against {source}"
         render.line(
             f"the certificate ({found.verdict}) {holds}: {what}{against} "

@@ -125,11 +125,13 @@ def test_nothing_is_absorbed_where_the_target_has_g_idx(tmp_path: Path) -> None:
     assert not any(step.moves or step.rows_from for step in plan.steps)
 
 
-@pytest.mark.parametrize(("ranks", "group"), [(2, 16), (3, 32)])
+@pytest.mark.parametrize(("ranks", "group"), [(2, 64), (4, 32), (1, 128)])
 def test_groups_are_split_between_ranks(ranks: int, group: int, tmp_path: Path) -> None:
-    checkpoint = mlp(tmp_path / "a")
+    checkpoint = mlp(tmp_path / "a", hidden=128, inner=128, group=128)
     plan = planned(checkpoint, "gptq", Wishes(tp=ranks))
-    assert plan.verdict is Verdict.EXACT
+    assert plan.verdict is (Verdict.EXACT if ranks > 1 else Verdict.COPIED)
+    verdicts = {step.module: step.verdict for step in plan.steps}
+    assert verdicts[GATE] is verdicts[UP] is Verdict.COPIED
     down = next(step for step in plan.steps if step.module == DOWN)
     assert down.target.group_size == group
     assert plan.nbytes[1] >= plan.nbytes[0]
@@ -158,7 +160,7 @@ def test_zeros_are_added_where_groups_cannot_be_split(to: str, tmp_path: Path) -
     assert not bias[96:].any()
     proven(checkpoint, there)
     again = planned(there, to, Wishes(tp=5))
-    assert again.verdict is Verdict.EXACT
+    assert again.verdict <= Verdict.EXACT
     assert not again.widened
 
 

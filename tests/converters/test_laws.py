@@ -105,7 +105,8 @@ def test_plans_of_every_kind_were_drawn() -> None:
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target: Format = request.param
     folder = tmp_path_factory.mktemp(target.name) / "c"
-    scheme = target.adopt(laws.Scheme(32, 64, 4, 32, act_order=target.capacity.act_order))
+    holds = target.capacity
+    scheme = target.adopt(laws.Scheme(32, 64, 4, 32, act_order=holds.act_order, kind=holds.kind))
     weight = laws.weight_of(scheme, target, 5)
     laws.write(folder, target, dict.fromkeys(laws.MODULES, (scheme, weight)))
     return folder

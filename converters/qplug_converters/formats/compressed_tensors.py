@@ -339,5 +339,6 @@ FORMAT = Format(
     adopt=adopt,
     write=write,
     current=current,
+    says_kv=True,
     decisive=("quant_method", "kv_cache_scheme"),
 )

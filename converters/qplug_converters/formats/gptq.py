@@ -408,6 +408,11 @@ def write_as(kind: str) -> Callable[[ModelScheme], Written]:
     return write
 
 
+def current(scheme: Scheme) -> bool:
+    """Whether today's readers take the zeros as they are stored: not those of old releases."""
+    return scheme.zero_rule in ("plain", "field", "word")
+
+
 _parse = parse_as("gptq", "gptq")
 
 FORMAT = Format(
@@ -429,6 +434,7 @@ FORMAT = Format(
     read=read_as(_parse, zero_rule),
     adopt=adopt,
     write=write_as("gptq"),
+    current=current,
     zero_rules=("plain", "legacy3", "word:2", "word:4", "word:8", "word", "field"),
     foreign_rules=(("as_is", "v2"),),
 )
