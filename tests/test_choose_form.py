@@ -62,9 +62,21 @@ def test_what_is_printed(tmp_path: Path, qplug: Command) -> None:
     assert rows[0] == ["form", "how", "bytes", "more", "answer"]
     assert ["awq 4-bit asym g32", "widen(4)", "90.4 kB", "+31.7%", "runs"] in rows
     assert ["gptq 4-bit sym g32", "symmetrize(4)", "94.0 kB", "+36.9%", "runs"] in rows
-    assert ["gptq 8-bit sym g32", "symmetrize(8)", "144.6 kB", "+110.8%", "runs"] in rows
     three = next(row for row in rows if row[0] == "gptq 3-bit sym g32")
     assert three[-1] == "refused: 3-bit symmetric: GPTQ is taken as 4 or 8 bits, symmetric"
+    # The chosen one, the next three, and of each format one that is refused; the rest is in --json.
+    assert rows[1][0] == "gptq 4-bit sym g32"
+    answers = [row[-1].partition(":")[0] for row in rows[1:8]]
+    assert answers == ["runs"] * 4 + ["refused"] * 3
+    assert len({row[0].split()[0] for row in rows[5:8]}) == 3
+    assert rows[8][0] == "linears"
+    again = qplug(
+        "convert", GOLDEN / "gptq-2b-asym-g32", "n", "--for", "vllm=0.32", "--dry-run", "--json"
+    )
+    found = again.json["for"]
+    assert "gptq 8-bit sym g32" in [form["form"] for form in found["forms"]]
+    left = len(found["forms"]) - 8 + len(found["unreachable"])
+    assert f"--json has {left} more forms and formats\n" in ran.err
     assert ran.err.startswith("vLLM 0.32, as it is: refused: 2-bit asymmetric")
     assert ran.err.endswith(f"vLLM takes it: vllm serve {tmp_path / 'm'}\n")
 
@@ -129,7 +141,8 @@ def test_no_form(tmp_path: Path, qplug: Command) -> None:
     no = "no exact form that vLLM 0.33 takes (as it is: refused: the columns are in act order)"
     assert ran.errors == [f"error: {no}"]
     assert "Transformers with qplug: AutoModelForCausalLM.from_pretrained(" in ran.err
-    assert "vLLM with qplug does not take it either" in ran.err
+    convert = f"qplug convert {GOLDEN / ORDERED} NEW --to awq --allow requantized"
+    assert f"vLLM with qplug: {convert}, then vllm serve NEW --quantization qplug-awq; " in ran.err
     ran = qplug("convert", GOLDEN / ORDERED, target, "--for", "vllm", "--dry-run", "--json")
     assert ran.code == 3
     assert ran.json["refused"]["found"].startswith("no exact form that vLLM 0.33 takes")
@@ -148,6 +161,12 @@ def test_a_grid_that_no_form_holds(tmp_path: Path, qplug: Command) -> None:
     """NF4 has no exact uniform form; the reason of each format is printed."""
     ran = qplug("convert", GOLDEN / "bnb-nf4", tmp_path / "m", "--for", "vllm")
     assert ran.code == 3
+    way = f"qplug convert {GOLDEN / 'bnb-nf4'} NEW --to awq --allow requantized"
+    load = f"AutoModelForCausalLM.from_pretrained('{GOLDEN / 'bnb-nf4'}')"
+    assert ran.err.splitlines()[-1] == (
+        f"hint: vLLM with qplug: {way}, then vllm serve NEW --quantization qplug-awq; "
+        f"Transformers with qplug: {load}  # pip install bitsandbytes accelerate"
+    )
     for name in ("gptq", "awq", "compressed-tensors"):
         assert re.search(rf"^{name} .*REQUANTIZED: ", ran.out, re.MULTILINE)
     assert qplug("convert", GOLDEN / "bnb-nf4", tmp_path / "m", "--for", "vllm=0.27").code == 0
@@ -181,6 +200,57 @@ def test_for_transformers(tmp_path: Path, qplug: Command) -> None:
     assert (ran.code, ran.json["plan"]["to"]) == (0, "awq")
 
 
+def test_the_way_through_qplug_works(tmp_path: Path, qplug: Command) -> None:
+    new = tmp_path / "new"
+    args = ("convert", GOLDEN / "bnb-nf4", new, "--to", "awq", "--allow", "requantized")
+    assert qplug(*args).code == 0
+    answers = qplug("inspect", new, "--json").json["engines"]
+    (served,) = [a for a in answers if a["engine"] == "vllm+qplug"]
+    assert served["command"] == f"vllm serve {new} --quantization qplug-awq"
+
+
+def ranked(name: str, engine: str, ranks: int, target: Path, qplug: Command) -> Any:
+    return qplug("convert", GOLDEN / name, target, "--for", engine, "--tp", ranks, "--json")
+
+
+def test_ranks_that_share_what_is_there(tmp_path: Path, qplug: Command) -> None:
+    ran = ranked(SYM, "vllm", 4, tmp_path / "m", qplug)
+    assert ran.json["plan"]["verdict"] == "COPIED"
+    assert ran.json["command"] == f"vllm serve {tmp_path / 'm'} --tensor-parallel-size 4"
+
+
+def test_ranks_that_need_finer_groups(tmp_path: Path, qplug: Command) -> None:
+    ran = ranked("gptq-4b-sym-g128", "vllm", 4, tmp_path / "m", qplug)
+    assert ran.code == 0
+    source = ran.json["for"]["forms"][0]
+    assert source["answer"] == "refused"
+    assert source["why"].endswith("inputs of model.layers.0.self_attn.o_proj in groups of 128 do "
+                                  "not split between 4 ranks")  # fmt: skip
+    groups = {one["module"]: one["to"] for one in ran.json["plan"]["linears"]}
+    assert groups["model.layers.0.self_attn.o_proj"] == "4-bit sym g32"
+    assert groups[Q] == "4-bit sym channel"
+    again = qplug("convert", tmp_path / "m", "n", "--for", "vllm", "--tp", 4, "--dry-run", "--json")
+    assert again.json["plan"]["verdict"] == "COPIED"
+
+
+def test_more_ranks_than_groups(tmp_path: Path, qplug: Command) -> None:
+    ran = qplug("convert", GOLDEN / SYM, tmp_path / "m", "--for", "vllm", "--tp", 8)
+    assert ran.code == 3
+    assert "IMPOSSIBLE: 128 inputs do not split between 8 ranks" in ran.out
+    assert "awq 4-bit sym g16" in ran.out
+    assert "not tested: group size 16: Marlin takes -1, 32, 64, 128" in ran.out
+    assert "hint: on one rank: vLLM with qplug: vllm serve" in ran.err
+
+
+def test_another_format_where_groups_come_to_differ(tmp_path: Path, qplug: Command) -> None:
+    """The config class of GPTQ drops `dynamic`, which would say which groups are finer."""
+    ran = ranked("gptq-4b-sym-g128", "transformers", 4, tmp_path / "m", qplug)
+    assert ran.code == 0
+    answers = {form["format"]: form["answer"] for form in ran.json["for"]["forms"][1:]}
+    assert answers["gptq"] == "not tested"
+    assert answers[ran.json["plan"]["to"]] == "runs"
+
+
 def test_from_the_canonical_form(tmp_path: Path, qplug: Command) -> None:
     own = tmp_path / "own"
     assert qplug("convert", GOLDEN / "gptq-4b-asym-g64", own, "--to", "canonical").code == 0
@@ -194,6 +264,7 @@ def test_from_the_canonical_form(tmp_path: Path, qplug: Command) -> None:
         ((), "one of --to and --for"),
         (("--to", "awq", "--for", "vllm"), "one of --to and --for"),
         (("--for", "vllm", "--bits", "8"), "leave out --bits"),
+        (("--for", "vllm", "--tp", "2", "--group-size", "64"), "leave out --group-size"),
         (("--for", "vllm", "--allow", "rounded", "--sym"), "leave out --sym, --allow"),
         (("--for", "sglang"), "no engine 'sglang': choose one of vllm, vllm-cpu, transformers"),
         (("--for", "vllm=new"), "'new' is no version; write e.g. 0.33"),

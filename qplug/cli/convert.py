@@ -137,7 +137,7 @@ def command(
         raise click.UsageError("one of --to and --for says what DST is to be")
     if target is not None:
         _check_usage(target, bits, group_size, sym, dtype, tp)
-    elif given := _given("bits", "group_size", "sym", "dtype", "tp", "allow"):
+    elif given := _given("bits", "group_size", "sym", "dtype", "allow"):
         raise click.UsageError(f"--for chooses an exact form by itself: leave out {given}")
     work = work_folder(src, dst, push)
     if dst is not None and not dry_run:
@@ -170,7 +170,9 @@ def command(
                 render.say(f"{tp} ranks cost {render.size(cost)} ({cost / alone.nbytes[1]:+.2%})")
     else:
         assert reader is not None
-        considered = search(checkpoint, found, model, reader.engine, reader.version, make, str(src))
+        considered = search(
+            checkpoint, found, model, reader.engine, reader.version, make, str(src), tp
+        )
         answer["for"] = considered.as_json()
         if not as_json:
             show_forms(considered)

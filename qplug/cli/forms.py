@@ -10,8 +10,11 @@ import click
 from . import render
 
 if TYPE_CHECKING:
-    from ..choose_form import Search
+    from ..choose_form import Form, Search
     from ..engines import Engine, Version
+
+MOST_NEXT = 3
+"""Forms that run and are printed besides the chosen one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +56,34 @@ def show(found: Search) -> None:
     render.say(f"{found.engine.title} {found.version}, as it is: {source.says}")
     if source.runs:
         return
+    shown = _shown(found)
     rows = []
-    seen: set[str] = set()
-    for form in found.forms[1:]:
-        named = form.plan.target.name
-        if not form.runs and form.stated is None and named in seen:
-            continue  # one refusal of a format is enough
-        seen.add(named)
+    for form in shown:
         more = f"{(form.nbytes - source.nbytes) / source.nbytes:+.1%}"
         rows.append((form.name, form.how, render.size(form.nbytes), more, form.says))
-    rows += [(name, "-", "-", "-", why) for name, why in found.unreachable.items()]
+    left = len(found.forms) - 1 - len(shown)
+    if found.best() is None:
+        rows += [(name, "-", "-", "-", why) for name, why in found.unreachable.items()]
+    else:
+        left += len(found.unreachable)
     render.table(("form", "how", "bytes", "more", "answer"), rows)
+    if left:
+        render.say(f"--json has {left} more forms and formats")
+
+
+def _shown(found: Search) -> list[Form]:
+    """Return the chosen form, the next that run, and of each format one that is not taken.
+
+    What nobody tested is only shown where nothing runs.
+    """
+    from ..engines import Outcome
+
+    best = found.best()
+    others = [form for form in found.forms[1:] if form is not best]
+    refused: dict[str, Form] = {}
+    for form in others:
+        known = form.outcome in (Outcome.REFUSED, Outcome.WRONG)
+        if not form.runs and (known or best is None):
+            refused.setdefault(form.plan.target.name, form)
+    running = [form for form in others if form.runs]
+    return [*([] if best is None else [best]), *running[:MOST_NEXT], *refused.values()]

@@ -55,6 +55,8 @@ class Facts:
         Whether the file holds scales of a KV cache.
     claim
         What the config says, where it is judged alone.
+    ranks
+        Between which tensor parallelism splits it.
     """
 
     format: str
@@ -66,6 +68,7 @@ class Facts:
     architecture: str = ""
     kv_scales: bool = False
     claim: Claim | None = None
+    ranks: int = 1
 
     def stating(self, changes: Mapping[str, Any]) -> Facts:
         """Return the facts with keys of the block changed (`None`: left out), in config.json."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from qplug_converters import formats
 from qplug_converters.block import stated_group_size
+from qplug_converters.route import ROW_PARALLEL
 from qplug_converters.scheme import ModelScheme
 
 from .facts import SIDE, Facts, half_fused, layer_of
@@ -288,10 +289,13 @@ def _awq_group(facts: Facts) -> Any:
 
 def other_awq_group(facts: Facts) -> str | None:
     """Whether only the slow AWQ kernels are left."""
-    size = _awq_group(facts)
-    if size in MARLIN_GROUPS:
-        return None
-    return f"group size {size}: Marlin takes {_listed(MARLIN_GROUPS)}"
+    sizes = [_awq_group(facts)]
+    # AutoRound's config may state others for some layers.
+    sizes += [scheme.group_size for _, scheme in facts.schemes() if scheme.groups > 1]
+    for size in sizes:
+        if size not in MARLIN_GROUPS:
+            return f"group size {size}: Marlin takes {_listed(MARLIN_GROUPS)}"
+    return None
 
 
 def other_awq_shapes(facts: Facts) -> str | None:
@@ -320,10 +324,15 @@ def eight_bits(facts: Facts) -> str | None:
 
 def odd_sizes(facts: Facts) -> str | None:
     """Whether the CPU kernel cannot cut a linear."""
-    for module, scheme in facts.schemes():
-        if scheme.in_features % CPU_STEP or scheme.out_features % CPU_STEP:
-            sizes = f"{scheme.out_features} x {scheme.in_features}"
-            return f"{module} is {sizes}, no multiples of {CPU_STEP}"
+    for module, scheme in facts.linears.items():
+        inputs, outputs = scheme.in_features, scheme.out_features
+        if ROW_PARALLEL.search(module):
+            inputs //= facts.ranks
+        else:
+            outputs //= facts.ranks
+        if inputs % CPU_STEP or outputs % CPU_STEP:
+            each = f" on each of {facts.ranks} ranks" if facts.ranks > 1 else ""
+            return f"{module} is {outputs} x {inputs}{each}, no multiples of {CPU_STEP}"
     return None
 
 

@@ -103,8 +103,9 @@ def _installed(facts: Facts) -> str:
     return ""
 
 
-def _load(facts: Facts, folder: str) -> str:
-    packages = PACKAGES.get(facts.format)
+def load(facts: Facts, folder: str, *, with_packages: bool = True) -> str:
+    """Return the code that loads a folder, and what its stock quantizer needs."""
+    packages = PACKAGES.get(facts.format) if with_packages else None
     return LOAD.format(folder) + (f"  # pip install {packages}" if packages else "")
 
 
@@ -222,7 +223,7 @@ TRANSFORMERS = Engine(
     first="5.0",
     last="5.23",
     stock=True,
-    command=_load,
+    command=load,
     rules={
         "gptq": _GPTQ,
         "gptq_v2": _GPTQ,

@@ -16,11 +16,12 @@ from .rules import Engine
 
 
 def _serve(facts: Facts, folder: str) -> str:
-    return f"vllm serve {quote(folder)}"
+    ranks = f" --tensor-parallel-size {facts.ranks}" if facts.ranks > 1 else ""
+    return f"vllm serve {quote(folder)}{ranks}"
 
 
 def _serve_humming(facts: Facts, folder: str) -> str:
-    return f"vllm serve {quote(folder)} --quantization humming"
+    return f"{_serve(facts, folder)} --quantization humming"
 
 
 VLLM = Engine(
@@ -85,5 +86,9 @@ VLLM_HUMMING = Engine(
         "gptq": rules.HUMMING,
         "gptq_v2": rules.HUMMING,
         "awq": rules.HUMMING,
+        **dict.fromkeys(
+            (*rules.OTHER_AWQ, *rules.AUTOROUND, *rules.BITSANDBYTES), rules.NOT_LOOKED_AT
+        ),
+        **dict.fromkeys(("gptq_p", "compressed-tensors", "canonical"), rules.NOT_LOOKED_AT),
     },
 )

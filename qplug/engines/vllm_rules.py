@@ -356,3 +356,11 @@ HUMMING = (
         source="read, humming.py of 0.32.0 and 0.33.0",
     ),
 )
+NOT_LOOKED_AT = (
+    Rule(
+        what="everything: not looked at",
+        met=lambda facts: "not looked at",
+        outcome=UNTESTED,
+        source="",
+    ),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from shlex import quote
 
 from qplug_converters.scheme import Scheme
@@ -11,10 +12,13 @@ from ..vllm.served import METHODS, alike, refusal
 from . import properties as has
 from .facts import FUSED, SIDE, Facts
 from .rules import Engine, Outcome, Rule
-from .stock_transformers import FOUND, LOAD
-from .vllm_rules import OTHER_AWQ
+from .stock_transformers import FOUND, TRANSFORMERS, load
+from .vllm_rules import AUTOROUND, BITSANDBYTES, OTHER_AWQ
 
 OURS = "run, this version"
+STOCK = "left to its stock quantizer"
+LEFT = (*BITSANDBYTES, *AUTOROUND, "compressed-tensors")
+"""Formats whose `quant_method` qplug does not take in Transformers."""
 
 
 def _refused(facts: Facts) -> str | None:
@@ -53,7 +57,19 @@ def _serve(facts: Facts, folder: str) -> str:
 
 
 def _load(facts: Facts, folder: str) -> str:
-    return LOAD.format(folder)
+    return load(facts, folder, with_packages=facts.format in LEFT)
+
+
+def _left(rule: Rule) -> Rule:
+    """Return a rule of stock Transformers as one for a format that qplug leaves to it."""
+
+    def met(facts: Facts) -> str | None:
+        why = rule.met(facts)
+        if why is None:
+            return None
+        return f"{why}; {STOCK}" if why else STOCK
+
+    return replace(rule, met=met)
 
 
 _RULES = (
@@ -93,10 +109,18 @@ _LOADED = (
         source="run, 5.15 to 5.23",
     ),
 )
-_OTHER_AWQ = (
+_NOT_SERVED = (
     Rule(
-        what="another AWQ layout than GEMM",
-        met=lambda facts: "another AWQ layout than GEMM is not served; convert it to awq",
+        what="a format that the plugin does not serve",
+        met=lambda facts: "not served through qplug: convert it, e.g. --to awq or gptq_v2",
+        outcome=Outcome.REFUSED,
+        source=OURS,
+    ),
+)
+_NOT_EXACT = (
+    Rule(
+        what="bitsandbytes, which the plugin does not serve",
+        met=lambda facts: "not served through qplug: convert it, e.g. --to awq --allow requantized",
         outcome=Outcome.REFUSED,
         source=OURS,
     ),
@@ -110,6 +134,9 @@ _OFFSETS = (
         source=OURS,
     ),
 )
+_STOCK_RULES = {
+    rules: tuple(map(_left, rules)) for rules in {TRANSFORMERS.rules[name] for name in LEFT}
+}
 VLLM_QPLUG = Engine(
     key="vllm+qplug",
     title="vLLM with qplug",
@@ -118,17 +145,10 @@ VLLM_QPLUG = Engine(
     stock=False,
     command=_serve,
     rules=dict.fromkeys(METHODS, _RULES)
-    | dict.fromkeys(OTHER_AWQ, _OTHER_AWQ)
-    | {
-        "canonical": (
-            Rule(
-                what="qplug's own form",
-                met=lambda facts: "the plugin serves gptq and awq; convert it",
-                outcome=Outcome.REFUSED,
-                source=OURS,
-            ),
-        )
-    },
+    | dict.fromkeys(
+        (*OTHER_AWQ, *AUTOROUND, "compressed-tensors", "gptq_p", "canonical"), _NOT_SERVED
+    )
+    | dict.fromkeys(BITSANDBYTES, _NOT_EXACT),
 )
 TRANSFORMERS_QPLUG = Engine(
     key="transformers+qplug",
@@ -138,7 +158,9 @@ TRANSFORMERS_QPLUG = Engine(
     stock=False,
     command=_load,
     rules={name: _LOADED for name in METHODS if METHODS[name].removeprefix("qplug-") in LOADED}
+    | {name: _STOCK_RULES[TRANSFORMERS.rules[name]] for name in LEFT}
     | {
+        "gptq_p": _LOADED,
         "awq_gemv": _LOADED,
         "awq_gemv_fast": _OFFSETS,
         "llm_awq": _OFFSETS,
