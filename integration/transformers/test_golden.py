@@ -29,6 +29,7 @@ NAMES = [
     "gptq-8b-sym-g128",
     "gptq-dynamic-mixed",
     "gptq-moe-mixtral-4b-g64",
+    "gptq_p-3b-sym-g128",
     "gptq_v2-4b-asym-g64",
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -160,7 +160,7 @@ TRANSFORMERS_QPLUG = Engine(
     rules={name: _LOADED for name in METHODS if METHODS[name].removeprefix("qplug-") in LOADED}
     | {name: _STOCK_RULES[TRANSFORMERS.rules[name]] for name in LEFT}
     | {
-        "gptq_p": _LOADED,
+        "gptq_p": (*_LOADED[:-1], replace(_LOADED[-1], source="run, 5.19.0")),
         "awq_gemv": _LOADED,
         "awq_gemv_fast": _OFFSETS,
         "llm_awq": _OFFSETS,
