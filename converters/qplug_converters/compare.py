@@ -90,11 +90,15 @@ def _rounded(one: QuantizedWeight, two: QuantizedWeight) -> bool:
 
 
 def _scales_rounded(one: QuantizedWeight, two: QuantizedWeight) -> bool:
-    """Whether `code - zero` is the same, and each scale of one is the other's in its dtype."""
-    if not torch.equal(one.integers(), two.integers()):
-        return False
+    """Whether `code - zero` is the same, and each scale of one is the other's in its dtype.
+
+    Where the scales are 0, codes mean nothing, and offsets give no zeros back.
+    """
     inp = one.in_features
     a, b = (w.affine.spread(w.affine.scales, inp) for w in (one, two))
+    unequal = (one.integers() != two.integers()) & ((a != 0) | (b != 0))
+    if bool(unequal.any()):
+        return False
     return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
 
 

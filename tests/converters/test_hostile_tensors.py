@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import Command, Draft, Q, Stored
+from builders import Command, Draft, Q, Stored, convert
 from spoil import AWQ, GPTQ, Bad, Write, refused_on_the_way
 
 from qplug_converters.checkpoint import open_checkpoint
+from qplug_converters.verdict import Verdict
+from qplug_converters.verify import verify
 
 ORDERED = "gptq-4b-sym-g64-actorder"
 V2 = "gptq_v2-4b-asym-g64"
@@ -231,3 +233,14 @@ def test_names_with_terminal_codes_are_printed_escaped(tmp_path: Path, qplug: Co
         assert all(line.isprintable() for line in shown.split("\n")), shown
         assert not any(line.startswith("error") for line in shown.splitlines())
     assert f"{evil}.qweight" in open_checkpoint(tmp_path / "target").headers
+
+
+def test_a_scale_of_zero_hides_what_it_multiplies(tmp_path: Path) -> None:
+    """Offsets give no zeros back then, and the weights are 0 all the same: rounded, no more."""
+    value("scales", 0.0)(Draft.of(AWQ), tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "target", "awq_gemv_fast")
+    convert(tmp_path / "target", tmp_path / "back", "awq")
+    for name in ("target", "back"):
+        proof = verify(open_checkpoint(tmp_path / "source"), open_checkpoint(tmp_path / name))
+        assert proof.verdict is Verdict.ROUNDED
+        assert not proof.problems
