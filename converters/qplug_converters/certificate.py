@@ -55,24 +55,23 @@ def _known(files: tuple[Path, ...]) -> dict[str, str]:
 
 
 def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the sha256 of a source's config files, and of its shards' headers.
+    """Return the sha256 of a source's config files, and of what its shards' headers say.
 
-    Tensors have their own in the certificate, one by one; a repository has its revision, and in
-    huggingface_hub's cache each file's hash as its name.
+    Of a header: a line for each tensor, `name dtype[shape] offset`, in file order. Tensors have
+    hashes of their own in the certificate; a repository has its revision, and in huggingface_hub's
+    cache each file's hash as its name.
     """
     known = _known(checkpoint.shards)
     if checkpoint.source.origin:
         return known
     names = ("config.json", *checkpoint.side_configs)
-    found = {name: sha256_of(checkpoint.folder / name) for name in names}
-    return known | found | {f"{s.name} header": header_sha256(s) for s in checkpoint.shards}
-
-
-def header_sha256(shard: Path) -> str:
-    """Return the hash of a safetensors file's header, its length included."""
-    with shard.open("rb") as file:
-        length = file.read(8)
-        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
+    known |= {name: sha256_of(checkpoint.folder / name) for name in names}
+    lines: dict[str, list[str]] = {shard.name: [] for shard in checkpoint.shards}
+    for name, place in checkpoint.locations.items():
+        lines[place.file.name].append(f"{name} {place.spec} {place.offset}\n")
+    for name, said in lines.items():
+        known[f"{name} header"] = hashlib.sha256("".join(said).encode()).hexdigest()
+    return known
 
 
 def note(promised: dict[str, Any], records: Mapping[str, Mapping[str, Any]]) -> None:
