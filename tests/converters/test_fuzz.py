@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fuzz import Fuzzer
 
-CASES = 400
+CASES = 300
 
 
 def test_only_errors_of_the_input(tmp_path: Path) -> None:
