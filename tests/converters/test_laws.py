@@ -65,7 +65,7 @@ PAIRS = [(a, b) for a in STORED for b in FORMATS]
     [pair for pair in PAIRS if alike(*pair)],
     ids=lambda f: f.name,
 )
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data(), seed=seeds)
 def test_what_both_can_hold_goes_there_and_back(
     source: Format, target: Format, data: st.DataObject, seed: int
@@ -80,7 +80,7 @@ OUTCOMES: Counter[Verdict] = Counter()
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda f: f.name)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data(), seed=seeds)
 def test_a_plan_keeps_its_promise(
     source: Format, target: Format, data: st.DataObject, seed: int
