@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .errors import QplugError
@@ -134,3 +134,8 @@ def stated_group_size(schemes: Iterable[Scheme], *, ragged: bool) -> Callable[[S
         return base if fits else -1
 
     return stated
+
+
+def some(modules: Sequence[str]) -> str:
+    """Return the first module, and how many more there are."""
+    return modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"

@@ -34,16 +34,13 @@ from .least_squares import (
     find_grid,
     largest_magnitude,
 )
-from .weight import AffineGrid, QuantizedWeight
+from .weight import INVERSE_127, AffineGrid, QuantizedWeight
 
 _CHUNK = 1 << 17
 """Weights fitted at a time: three float32 copies stay in a level 2 cache of 2 MB."""
 
 _FEWEST = 16
 """Groups fitted at a time at least: passes over fewer columns are mostly overhead."""
-
-_INVERSE_127 = torch.tensor(1 / 127, dtype=torch.float32).item()
-"""bitsandbytes' constant."""
 
 Result = TypeVar("Result")
 
@@ -233,7 +230,7 @@ class _RowIntegers(Integers):
 
     def approximate(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """See `Levels`."""
-        return self.nearest(values, scale, zero).mul_(scale).mul_(_INVERSE_127)
+        return self.nearest(values, scale, zero).mul_(scale).mul_(INVERSE_127)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -318,19 +315,51 @@ def _absmax(values: Tensor) -> Tensor:
 
 
 def _minmax(values: Tensor, top: int, sym: bool, span: Span, dtype: torch.dtype) -> Grid:
+    """Return the grid of round to nearest of each column."""
+    scale, zero = minmax_grid(values.amin(0), values.amax(0), top, sym, span, dtype)
+    return scale.float(), zero
+
+
+def minmax_grid(
+    low: Tensor, high: Tensor, top: int, sym: bool, span: Span, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return the grid of round to nearest, from each group's minimum and maximum.
 
     Zero is representable, and the scale grows where the zero has to stay in `span`; a symmetric
-    grid uses the extra negative code half a step deep.
+    grid uses the extra negative code half a step deep. Scales are rounded to the dtype they are
+    stored in, upwards where it has few digits left.
+
+    Parameters
+    ----------
+    low, high
+        float32, the least and the largest weight of each group.
+    top
+        The largest code.
+    sym
+        Whether every zero is `span[0]`, the midpoint.
+    span
+        Lowest and highest zero the target can hold.
+    dtype
+        Of the stored scales.
+
+    Returns
+    -------
+    tuple of Tensor
+        Scales in `dtype`, at least 2^-24, and zeros float32, both in the shape of `low`.
+
+    Raises
+    ------
+    QplugError
+        If a weight is not finite, or a scale overflows `dtype`.
     """
-    low, high = values.amin(0).clamp(max=0), values.amax(0).clamp(min=0)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     _finite(high - low)
     if sym:
         zero = torch.full_like(low, span[0])
         scale = torch.maximum(-low, high) / (span[0] - 0.5)
     else:
         spread = ((high - low) / top).clamp(min=SMALLEST)
-        zero = (-low / spread).round().clamp(*span)
+        zero = (-low / spread).round().clamp(*span).clamp(max=top)
         scale = torch.maximum(-low / zero.clamp(min=1), high / (top - zero).clamp(min=1))
         scale = torch.where(zero == 0, high / top, scale)
         scale = torch.where(zero == top, -low / top, scale)
@@ -346,4 +375,4 @@ def _minmax(values: Tensor, top: int, sym: bool, span: Span, dtype: torch.dtype)
     if dtype is torch.float16:  # among subnormals rounding down could clamp by whole steps
         short = (stored.float() < scale) & (scale < torch.finfo(dtype).smallest_normal)
         stored = torch.where(short, (stored.view(torch.int16) + 1).view(dtype), stored)
-    return stored.float(), zero
+    return stored, zero

@@ -73,7 +73,13 @@ def _always(scheme: Scheme) -> bool:
 def _plain(scheme: Scheme) -> Scheme:
     """Restate a scheme as most formats do: groups in order, zeros as they are, words filled."""
     return replace(
-        scheme, has_g_idx=False, zero_rule="as_is", desc_act=False, per_word=0, shared=False
+        scheme,
+        has_g_idx=False,
+        zero_rule="as_is",
+        desc_act=False,
+        per_word=0,
+        shared=False,
+        lacks=(),
     )
 
 

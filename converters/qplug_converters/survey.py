@@ -17,6 +17,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from . import bitstream, zeros
+from .block import some
 from .errors import QplugError, raise_all
 from .format import Format, Peek
 from .layout import Holds, Layout, Part, swapped
@@ -99,7 +100,7 @@ def survey(tensors: HasPeek, found: Format, model: ModelScheme) -> ModelScheme:
     notes = [*model.notes]
     if asymmetric:
         notes.append(
-            f"the config says symmetric, but zeros differ from the midpoint in {_some(asymmetric)}"
+            f"the config says symmetric, but zeros differ from the midpoint in {some(asymmetric)}"
         )
     if symmetric and len(symmetric) == len(linears):
         notes.append(
@@ -117,10 +118,6 @@ def survey(tensors: HasPeek, found: Format, model: ModelScheme) -> ModelScheme:
         for rule, count in ambiguous.items()
     ]
     return replace(model, linears=linears, notes=tuple(notes))
-
-
-def _some(modules: list[str]) -> str:
-    return modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"
 
 
 def _facts(tensors: HasPeek, module: str, part: Part, scheme: Scheme, rule: str) -> ZeroFacts:

@@ -270,11 +270,6 @@ def skip_list(dense: Iterable[str], quantized: Sequence[str]) -> list[str]:
     return list(entries)
 
 
-def adopt(scheme: Scheme) -> Scheme:
-    """Restate a scheme as AWQ writes it."""
-    return replace(scheme, has_g_idx=False, zero_rule="as_is", desc_act=False, lacks=())
-
-
 def write_as(kind: str) -> Callable[[ModelScheme], Written]:
     """Return the `write` of one kind: the config block as AutoAWQ 0.2.9 writes it.
 
@@ -311,24 +306,26 @@ def write_as(kind: str) -> Callable[[ModelScheme], Written]:
 
 parse = parse_as("gemm", "awq")
 
+CAPACITY = Capacity(
+    bits=(4,),
+    zeros=lambda bits: (0, 15),
+    act_order=False,
+    ragged=False,
+    scale_dtypes=("F16",),
+    in_multiple=lambda bits: 1,
+    out_multiple=lambda bits: 8,
+    uniform=True,
+)
+"""What AWQ holds; its other layouts cut more coarsely."""
+
 FORMAT = Format(
     name="awq",
     aliases=("awq-gemm",),
     title="AWQ GEMM (AutoAWQ): 4 bits, zeros as they are",
-    capacity=Capacity(
-        bits=(4,),
-        zeros=lambda bits: (0, 15),
-        act_order=False,
-        ragged=False,
-        scale_dtypes=("F16",),
-        in_multiple=lambda bits: 1,
-        out_multiple=lambda bits: 8,
-        uniform=True,
-    ),
+    capacity=CAPACITY,
     claims=claims,
     layout=layout,
     parse=parse,
     read=read,
-    adopt=adopt,
     write=write_as("gemm"),
 )

@@ -24,10 +24,10 @@ import numpy as np
 from ..block import modules_with
 from ..claim import Claim
 from ..errors import QplugError, raise_all
-from ..format import Block, Capacity, Format, Headers, Peek
+from ..format import Block, Format, Headers, Peek
 from ..layout import Holds, Layout, Packing, Part
 from ..scheme import ModelScheme, Scheme
-from .awq import adopt, check_stored, claims_kind, parse_as, read_with, stored, write_as
+from .awq import CAPACITY, check_stored, claims_kind, parse_as, read_with, stored, write_as
 
 GROUPS = (32, 64, 128)
 """Group sizes that are written; larger ones are read."""
@@ -149,21 +149,10 @@ FORMAT = Format(
     name="awq_gemv",
     aliases=("awq-gemv", "gemv"),
     title="AWQ GEMV (AutoAWQ): 4 bits, packed along the inputs",
-    capacity=Capacity(
-        bits=(4,),
-        zeros=lambda bits: (0, 15),
-        act_order=False,
-        ragged=False,
-        scale_dtypes=("F16",),
-        in_multiple=lambda bits: 8,
-        out_multiple=lambda bits: 8,
-        uniform=True,
-        group_sizes=GROUPS,
-    ),
+    capacity=replace(CAPACITY, in_multiple=lambda bits: 8, group_sizes=GROUPS),
     claims=claims,
     layout=layout,
     parse=parse,
     read=read,
-    adopt=adopt,
     write=write_as("gemv"),
 )

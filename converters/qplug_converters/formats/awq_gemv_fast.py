@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..format import Block, Capacity, Format, Headers, Peek
+from ..format import Block, Format, Headers, Peek
 from ..layout import Holds, Layout, Packing, Part
 from ..scheme import Kind, ModelScheme, Scheme
-from .awq import adopt, check_stored, claims_kind, parse_as, read_with, write_as
+from .awq import CAPACITY, check_stored, claims_kind, parse_as, read_with, write_as
 from .awq_gemv import GROUPS, check_groups, padding, with_group_size
 
 
@@ -82,15 +82,9 @@ def _format(kind: str, name: str, aliases: tuple[str, ...], title: str, zeros: s
         name=name,
         aliases=aliases,
         title=title,
-        capacity=Capacity(
-            bits=(4,),
-            zeros=lambda bits: (0, 15),
-            act_order=False,
-            ragged=False,
-            scale_dtypes=("F16",),
+        capacity=replace(
+            CAPACITY,
             in_multiple=lambda bits: 64,
-            out_multiple=lambda bits: 8,
-            uniform=True,
             group_sizes=GROUPS,
             kind=Kind.OFFSET,
         ),
@@ -98,7 +92,6 @@ def _format(kind: str, name: str, aliases: tuple[str, ...], title: str, zeros: s
         layout=layout,
         parse=parse,
         read=read,
-        adopt=adopt,
         write=write_as(kind),
     )
 

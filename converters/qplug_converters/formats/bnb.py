@@ -8,7 +8,7 @@ head and what is tied to it. Keys that only steer the run (thresholds, offloadin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from ..block import INCOMPLETE, Keys, dense_linears, dense_modules
 from ..errors import QplugError
@@ -89,11 +89,6 @@ def notes(
         for entry, module in hits.items()
     ]
     return found
-
-
-def some(modules: Sequence[str]) -> str:
-    """Return the first module, and how many more there are."""
-    return modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"
 
 
 def dense_but(headers: Headers, linears: Iterable[str]) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from ..block import INCOMPLETE, Keys, parts_of
+from ..block import INCOMPLETE, Keys, parts_of, some
 from ..claim import Claim, Stated
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
@@ -196,7 +196,7 @@ class _Odd:
     @property
     def notes(self) -> list[str]:
         """One sentence each."""
-        return [text.format(bnb.some(names)) for text, names in self.found.items()]
+        return [text.format(some(names)) for text, names in self.found.items()]
 
 
 def read_as(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..block import INCOMPLETE, Keys, modules_with, parts_of
+from ..block import INCOMPLETE, Keys, modules_with, parts_of, some
 from ..claim import Claim, Stated
 from ..errors import QplugError, raise_all
 from ..format import Block, Capacity, Format, Headers, Peek, Written
@@ -94,7 +94,7 @@ def read(block: Block | None, headers: Headers, peek: Peek) -> ModelScheme:
     notes = bnb.notes(8, claim.block, claim.skip, linears)
     without = [module for module, scheme in linears.items() if scheme.lacks]
     if 0 < len(without) < len(linears):
-        notes.append(f"{bnb.some(without)} lacks weight_format, which other linears have")
+        notes.append(f"{some(without)} lacks weight_format, which other linears have")
     return ModelScheme("bnb-int8", linears, dense, "", tuple(notes), claim.block)
 
 

@@ -33,7 +33,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..block import INCOMPLETE, dense_linears, dense_modules, modules_with, stated_group_size
+from ..block import INCOMPLETE, dense_linears, dense_modules, modules_with, some, stated_group_size
 from ..claim import Claim
 from ..config_groups import BITS, LEAVE, parse
 from ..errors import QplugError, raise_all
@@ -243,19 +243,15 @@ def _notes(linears: Mapping[str, Scheme]) -> tuple[str, ...]:
     notes = []
     if flag_without:
         notes.append(
-            f"actorder is group but weight_g_idx is in order in {_some(flag_without)}: "
+            f"actorder is group but weight_g_idx is in order in {some(flag_without)}: "
             "no act order, and readers that go by the flag refuse the file for nothing"
         )
     if order_without:
         notes.append(
-            f"actorder is not group but weight_g_idx is not in order in {_some(order_without)}: "
+            f"actorder is not group but weight_g_idx is not in order in {some(order_without)}: "
             "readers that go by the flag read wrong weights"
         )
     return tuple(notes)
-
-
-def _some(modules: list[str]) -> str:
-    return modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"
 
 
 def adopt(scheme: Scheme) -> Scheme:

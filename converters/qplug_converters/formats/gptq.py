@@ -33,6 +33,7 @@ from ..block import (
     dense_linears,
     dense_modules,
     modules_with,
+    some,
     stated_group_size,
     stored_as,
 )
@@ -351,22 +352,18 @@ def _notes(claim: Claim, linears: Mapping[str, Scheme]) -> tuple[str, ...]:
     notes = []
     if flag_without:
         notes.append(
-            f"desc_act is true but g_idx is in order in {_some(flag_without)}: "
+            f"desc_act is true but g_idx is in order in {some(flag_without)}: "
             "no act order, and engines that go by the flag refuse the file for nothing"
         )
     if order_without:
         notes.append(
-            f"desc_act is false but g_idx is not in order in {_some(order_without)}: "
+            f"desc_act is false but g_idx is not in order in {some(order_without)}: "
             "engines that go by the flag read wrong weights"
         )
     head = any(module.rpartition(".")[2] == "lm_head" for module in linears)
     if claim.lm_head is not None and claim.lm_head is not head:
         notes.append(f"lm_head is {str(not head).lower()} in the config, and the tensors differ")
     return tuple(notes)
-
-
-def _some(modules: list[str]) -> str:
-    return modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} more"
 
 
 def adopt(scheme: Scheme, rule: str = "plain") -> Scheme:
