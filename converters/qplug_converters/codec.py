@@ -341,13 +341,13 @@ def _codebook(
     book: Codebook, scheme: Scheme, found: Mapping[Holds, Tensor], first_row: int
 ) -> CodebookGrid:
     """Put together a codebook grid; `first_row` begins a block."""
-    table = torch.frombuffer(bytearray(book.table), dtype=torch.float32)
     absmax, nested = found[Holds.ABSMAX], None
+    table = torch.frombuffer(bytearray(book.table), dtype=torch.float32).to(absmax.device)
     if book.nesting is not None:
         nested = NestedAbsmax(
             absmax,
             found[Holds.NESTED],
-            torch.frombuffer(bytearray(book.nesting.table), dtype=torch.float32),
+            torch.frombuffer(bytearray(book.nesting.table), dtype=torch.float32).to(absmax.device),
             book.nesting.offset,
             book.nesting.blocksize,
             getattr(torch, book.nesting.dtype),

@@ -38,6 +38,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qplug_converters.scheme import Kind
 from qplug_converters.weight import QuantizedWeight
 
 from .problem import Kernel, Problem
@@ -66,6 +67,8 @@ def cannot_pack(problem: Problem) -> str | None:
     """Say why torch's int4 pack operation cannot multiply few tokens, or is not the fastest."""
     if problem.device != "cpu":
         return "it runs on a CPU"
+    if problem.kind is not Kind.AFFINE:
+        return f"the grid is of the kind `{problem.kind.value}`, and the operation needs `affine`"
     if problem.dtype != torch.bfloat16:
         # 41 ms instead of 0.8 (and 2.5 dense) for one token at 4096x4096 in float16.
         return (

@@ -1,7 +1,7 @@
 """Decode the weight once, at load, to the dtype of the activations; multiply as torch does.
 
     tensor    shape      dtype                meaning
-    weight    [N, K]     of the activations   fl(w), w = (code - zero) * scale in float32
+    weight    [N, K]     of the activations   fl(w), w in float32 as the checkpoint means it
     x         [M, K]     float dtype
     result    [M, N]     as x                 x @ weight.T + bias
 

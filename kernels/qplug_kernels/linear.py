@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qplug_converters.errors import QplugError
-from qplug_converters.weight import AffineGrid, QuantizedWeight
+from qplug_converters.weight import QuantizedWeight
 
+from .grids import check
 from .problem import Choice, Kernel, Problem, choose
 
 LOG = logging.getLogger("qplug")
@@ -86,7 +86,7 @@ def prepare(
         If the weight contradicts itself or does not fit `dtype`, or if `QPLUG_KERNEL` names a
         kernel that cannot.
     """
-    _check_weight(weight)
+    check(weight)
     device = torch.device(device)
     problem = Problem.here(weight, dtype, device)
     force = os.environ.get("QPLUG_KERNEL") or None
@@ -98,40 +98,6 @@ def prepare(
     prepared = Prepared(choice.kernel.name, weight.in_features, weight.out_features, dtype, tensors)
     _log(choice, problem, "QPLUG_KERNEL asks for it" if force else choice.reasons)
     return prepared
-
-
-def _check_weight(weight: QuantizedWeight) -> None:
-    """Refuse a weight that no kernel knows, or whose tensors contradict each other."""
-    if not isinstance(weight.grid, AffineGrid):
-        raise QplugError(
-            f"a {type(weight.grid).__name__}",
-            "grid",
-            "an AffineGrid: integers, scales and zeros",
-            "no kernel multiplies by others yet: convert the checkpoint (qplug convert --to dense)",
-        )
-    grid, (rows, columns) = weight.affine, weight.codes.shape
-    groups = grid.scales.shape[1]
-    if grid.zeros.shape != grid.scales.shape or grid.scales.shape[0] != rows:
-        raise QplugError(
-            f"scales {list(grid.scales.shape)} and zeros {list(grid.zeros.shape)}",
-            "grid",
-            f"[{rows}, groups] each",
-        )
-    if grid.g_idx is None:
-        if groups != -(-columns // grid.group_size):
-            raise QplugError(
-                f"{groups} groups of {grid.group_size}",
-                "grid",
-                f"groups that cover {columns} inputs",
-            )
-        return
-    if grid.g_idx.shape != (columns,):
-        raise QplugError(f"g_idx {list(grid.g_idx.shape)}", "grid", f"[{columns}]")
-    lowest, highest = int(grid.g_idx.min()), int(grid.g_idx.max())
-    if lowest < 0 or highest >= groups:
-        raise QplugError(
-            f"g_idx from {lowest} to {highest}", "grid", f"groups from 0 to {groups - 1}"
-        )
 
 
 @cache
@@ -148,13 +114,13 @@ def _log(choice: Choice, problem: Problem, reasons: str) -> None:
         size = problem.dtype.itemsize
         _say(
             logging.WARNING,
-            f"{bits}-bit linears on {problem.device} are decoded to dense {problem.dtype_name}, "
+            f"{problem.linears} on {problem.device} are decoded to dense {problem.dtype_name}, "
             f"{size} bytes per weight instead of about {bits / 8:g}{because}",
         )
     else:
         _say(
             logging.INFO,
-            f"{bits}-bit linears on {problem.device} at {problem.dtype_name} run kernel "
+            f"{problem.linears} on {problem.device} at {problem.dtype_name} run kernel "
             f"`{kernel.name}`: {kernel.title}{because}",
         )
 

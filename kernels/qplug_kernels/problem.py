@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from qplug_converters.errors import QplugError
+from qplug_converters.scheme import Kind
 from qplug_converters.weight import QuantizedWeight
+
+from .grids import facts
 
 CPU_FEATURES = {
     "avx2": "_is_avx2_supported",
@@ -42,23 +45,30 @@ class Problem:
 
     Attributes
     ----------
-    in_features, out_features, bits, group_size
+    in_features, out_features, bits
         As in `QuantizedWeight`.
+    kind
+        Of its grid (`grids`).
+    group_size
+        Neighbouring inputs that share a scale: `in_features` for rows, and the block size for a
+        codebook, whose blocks may span rows.
     act_order
         Whether inputs lie in their groups in any other order than k // group_size.
     run
         The largest number such that, with the inputs sorted by group, every aligned block of so
-        many inputs lies in one group. 0 stands for gcd(group_size, in_features), what it is
-        without act order.
+        many inputs lies in one group, in every row. 0 stands for gcd(group_size, in_features),
+        what it is without act order.
     highest_zero
-        The highest zero (value subtracted).
+        The highest zero (value subtracted); 0 where codes have none.
+    table
+        The entries of a codebook.
     scales_fit_f16
         Whether float16 holds every scale to its own precision.
     offsets_fit_f16
         Whether every zero * scale is below the largest number of float16.
     weights_fit_bf16
         Whether 16 * scale, and so every weight and offset of 4 bits, is below the largest number
-        of bfloat16.
+        of bfloat16; of another kind than affine, whether every weight is.
     dtype
         Of the activations, and of the result.
     device
@@ -76,10 +86,12 @@ class Problem:
     in_features: int
     out_features: int
     bits: int = 4
+    kind: Kind = Kind.AFFINE
     group_size: int = 128
     act_order: bool = False
     run: int = 0
     highest_zero: int = 8
+    table: tuple[float, ...] = ()
     scales_fit_f16: bool = True
     offsets_fit_f16: bool = True
     weights_fit_bf16: bool = True
@@ -94,6 +106,12 @@ class Problem:
     def block(self) -> int:
         """How many neighbouring inputs, sorted by group, share scales and zeros."""
         return self.run or gcd(self.group_size, self.in_features)
+
+    @property
+    def linears(self) -> str:
+        """Return e.g. `4-bit linears` or `4-bit codebook linears`."""
+        kind = "" if self.kind is Kind.AFFINE else f"{self.kind.value} "
+        return f"{self.bits}-bit {kind}linears"
 
     @property
     def dtype_name(self) -> str:
@@ -111,51 +129,14 @@ class Problem:
     ) -> Problem:
         """Describe `weight` on this machine and in this process."""
         device = torch.device(device)
-        grid = weight.affine
         return Problem(
-            in_features=weight.in_features,
-            out_features=weight.out_features,
-            bits=weight.bits,
-            group_size=grid.group_size,
-            act_order=_out_of_order(weight),
-            run=_run(weight),
-            highest_zero=int(grid.zeros.max()) if grid.zeros.numel() else 0,
-            scales_fit_f16=_fit_f16(grid.scales),
-            offsets_fit_f16=_within(grid.scales.float() * grid.zeros, torch.float16),
-            weights_fit_bf16=_within(grid.scales.float() * 16, torch.bfloat16),
+            **facts(weight),
             dtype=dtype,
             device=device.type,
             arch=_arch(device),
             features=_cpu_features(),
             ops=frozenset(name for name in OPTIONAL_OPS if _has(*OPTIONAL_OPS[name])),
         )
-
-
-def _out_of_order(weight: QuantizedWeight) -> bool:
-    g_idx = weight.affine.g_idx
-    if g_idx is None:
-        return False
-    inputs = torch.arange(weight.in_features, device=g_idx.device)
-    return not torch.equal(g_idx.long(), inputs // weight.affine.group_size)
-
-
-def _run(weight: QuantizedWeight) -> int:
-    """Return the greatest common divisor of all places where the group changes."""
-    groups = weight.affine.group_of_inputs(weight.in_features).sort().values
-    changes = torch.nonzero(groups[1:] != groups[:-1]).flatten() + 1
-    return gcd(weight.in_features, *changes.tolist())
-
-
-def _fit_f16(scales: Tensor) -> bool:
-    """Whether float16 loses no more of a scale than its own half ulp (no underflow, overflow)."""
-    exact = scales.float()
-    lost = (exact.half().float() - exact).abs()
-    return bool((lost <= exact.abs() * 2.0**-11).all())
-
-
-def _within(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether rounding to `dtype` overflows nowhere."""
-    return bool((values.abs() <= torch.finfo(dtype).max).all())
 
 
 def _arch(device: torch.device) -> str:

@@ -2,10 +2,14 @@
 
     tensor    shape        dtype     meaning
     codes     [N, K]       uint8     0 to 2^bits - 1
-    scales    [N, G]       float     of the file
-    zeros     [N, G]       int16     the value subtracted
-    group     [K]          int64     the group of each input
-    result    [M, N]       as x      fl(sum over k of x * (code - zero) * scale) + bias
+    levels    [2^bits]     float64   what a code counts: itself, code - 128, or a table's entry
+    scales    [S]          float64   exact
+    offsets   [S]          float64   what the scaled level is added to, such as -zero * scale
+    at        [N, K]       int32     the scale and offset of each weight
+    result    [M, N]       as x      fl(sum over k of x * w) + bias
+
+w = levels[code] * scales[at] + offsets[at], for every kind of grid and exact: products and sums of
+what files hold have no more than 53 bits (but for absmax / 127).
 
 Never chosen by itself; `QPLUG_KERNEL=reference` asks for it, to see whether a wrong answer comes
 from a kernel.
@@ -18,7 +22,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qplug_converters.weight import QuantizedWeight
+from qplug_converters.weight import (
+    AffineGrid,
+    OffsetGrid,
+    QuantizedWeight,
+    RowGrid,
+)
 
 from .problem import Kernel, Problem
 
@@ -31,20 +40,42 @@ def cannot(problem: Problem) -> str | None:
 
 
 def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
-    """Return codes and grid as they are."""
-    grid = weight.affine
+    """Return the operands of the table."""
+    grid, codes = weight.grid, weight.codes
+    rows, columns = codes.shape
+    device = codes.device
+    levels = torch.arange(1 << weight.bits, dtype=torch.float64, device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    column = torch.arange(columns, device=device)
+    if isinstance(grid, AffineGrid):
+        scales = grid.scales.double()
+        offsets = -grid.zeros.double() * scales
+        at = row * scales.shape[1] + grid.group_of_inputs(columns)
+    elif isinstance(grid, OffsetGrid):
+        scales, offsets = grid.scales.double(), grid.offsets.double()
+        at = row * scales.shape[1] + column // grid.group_size
+    elif isinstance(grid, RowGrid):
+        levels -= 128
+        scales = grid.absmax.double() / 127
+        offsets = torch.zeros_like(scales)
+        at = row.expand(rows, columns)
+    else:
+        levels, scales = grid.table.double(), grid.absmax.double()
+        offsets = torch.zeros_like(scales)
+        at = (grid.skip + row * columns + column) // grid.blocksize
     return {
-        "codes": weight.codes,
-        "scales": grid.scales,
-        "zeros": grid.zeros,
-        "group": grid.group_of_inputs(weight.in_features),
-        "dtype": torch.empty(0, dtype=problem.dtype, device=weight.codes.device),
+        "codes": codes,
+        "levels": levels,
+        "scales": scales.flatten(),
+        "offsets": offsets.flatten(),
+        "at": at.to(torch.int32),
+        "dtype": torch.empty(0, dtype=problem.dtype, device=device),
     }
 
 
 def _weight(operands: Sequence[Tensor]) -> Tensor:
-    codes, scales, zeros, group = operands[:4]
-    return (codes - zeros[:, group]).double() * scales.double()[:, group]
+    codes, levels, scales, offsets, at = operands[:5]
+    return levels[codes.int()] * scales[at] + offsets[at]
 
 
 def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -55,7 +86,7 @@ def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
 
 def dequantize(operands: Sequence[Tensor]) -> Tensor:
     """Return the weight, rounded to the dtype of the activations."""
-    return _weight(operands).to(operands[4].dtype)
+    return _weight(operands).to(operands[5].dtype)
 
 
 KERNEL = Kernel(

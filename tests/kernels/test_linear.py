@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qplug_converters.errors import QplugError
-from qplug_converters.weight import AffineGrid, OffsetGrid, QuantizedWeight, RowGrid
+from qplug_converters.weight import AffineGrid, QuantizedWeight
 from qplug_kernels import KERNELS, Problem, apply_linear, linear, prepare
 from qplug_kernels.cpu_int4 import FEW
 
@@ -200,13 +200,6 @@ def test_a_weight_that_contradicts_itself(random_weight):
     ):
         with pytest.raises(QplugError, match="expected"):
             prepare(QuantizedWeight(codes, 4, wrong), torch.bfloat16)
-
-
-def test_grids_that_no_kernel_knows(random_weight):
-    for grid in (RowGrid(torch.ones(32)), OffsetGrid(torch.ones(32, 1), torch.ones(32, 1), 64)):
-        weight = QuantizedWeight(random_weight(32, 64, 32).codes, 4, grid)
-        with pytest.raises(QplugError, match="expected an AffineGrid"):
-            prepare(weight, torch.bfloat16)
 
 
 def test_overflow_is_an_error_and_never_an_infinity(random_weight):
