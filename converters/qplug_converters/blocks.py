@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import lcm
 
 from torch import Tensor
@@ -27,15 +28,19 @@ def stored_names(layout: Layout, module: str) -> list[str]:
 
 def rows_of(part: Part, tensor: Tensor, sizes: Mapping[str, int], start: int, stop: int) -> Tensor:
     """Return output rows `start` to `stop` of a stored tensor as a view; `sizes` of the whole."""
+    if start == 0 and stop == sizes["out"]:
+        return tensor
     span = part.span(sizes, start, stop)
     return tensor if span is None else tensor.narrow(*span)
 
 
-def blocks_of(scheme: Scheme, *layouts: Layout, most: int = BLOCK) -> list[tuple[int, int]]:
+@lru_cache(1024)  # linears of a model are alike, and of small ones this is a tenth of the work
+def blocks_of(scheme: Scheme, *layouts: Layout, most: int = BLOCK) -> Sequence[tuple[int, int]]:
     """Cut the output rows into blocks of at most `most` codes that cut no word of any layout."""
     step = lcm(*(layout.row_step(scheme.sizes) for layout in layouts))
     rows = max(step, most // scheme.in_features // step * step)
-    return [(at, min(at + rows, scheme.out_features)) for at in range(0, scheme.out_features, rows)]
+    cuts = range(0, scheme.out_features, rows)
+    return tuple((at, min(at + rows, scheme.out_features)) for at in cuts)
 
 
 def read_rows(

@@ -80,7 +80,7 @@ def note(promised: dict[str, Any], records: Mapping[str, Mapping[str, Any]]) -> 
         if name in promised["linears"]:
             promised["linears"][name].update(said)
         else:
-            promised["tensors"][name] = said["sha256"]
+            promised["tensors"][name] = said["blake3"]
 
 
 def files(writer: Writer) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from .blocks import rows_of
 from .certificate import UNCERTIFIED, seal_of, sha256_of, source_hashes
@@ -177,7 +178,7 @@ def _check_tensors(checkpoint: Checkpoint, said: Mapping[str, str], found: Check
             found.problems.append(f"{name}: not there")
             continue
         found.tensors += 1
-        if hashlib.sha256(checkpoint.raw(name)).hexdigest() != expected:
+        if blake3(checkpoint.raw(name)).hexdigest() != expected:
             found.problems.append(f"{name}: the bytes differ")
 
 
@@ -188,9 +189,9 @@ def _check_linear(side: Side, module: str, claim: Mapping[str, Any]) -> list[str
         return _check_dense(side.checkpoint, f"{module}.weight", claim)
     layout = side.layouts[module]
     made = _hashed(side, Step(module, Verdict.COPIED, scheme, scheme))
-    problems = [] if made["sha256"] == claim.get("sha256") else ["other numbers"]
+    problems = [] if made["blake3"] == claim.get("blake3") else ["other numbers"]
     if claim["verdict"] == Verdict.COPIED.name:
-        same = made["stored_sha256"] == claim.get("stored_sha256")
+        same = made["stored_blake3"] == claim.get("stored_blake3")
         return problems if same or problems else ["other bytes"]
     return problems or list(_idle_bits(side.checkpoint, layout, scheme, module))
 
@@ -200,7 +201,7 @@ def _check_dense(checkpoint: Checkpoint, name: str, claim: Mapping[str, Any]) ->
         return ["not there"]
     found = LinearHash(0)
     found.dense(checkpoint.tensor(name), checkpoint.headers[name].dtype)
-    return [] if found.hexdigest() == claim.get("sha256") else ["other weights"]
+    return [] if found.hexdigest() == claim.get("blake3") else ["other weights"]
 
 
 def _hashed(side: Side, step: Step, after: Side | None = None, by: str = "") -> dict[str, Any]:
@@ -307,11 +308,11 @@ def _check_claim(before: Side, after: Side, module: str, claim: Mapping[str, Any
         problems.append(f"the source is {scheme.describe()}, rule {scheme.zero_rule}")
     verdict = Verdict[claim["verdict"]]
     untouched = _hashed(before, Step(module, Verdict.COPIED, scheme, scheme))
-    if claim.get("source_sha256", claim.get("sha256")) != untouched["sha256"] and not claim.get(
+    if claim.get("source_blake3", claim.get("blake3")) != untouched["blake3"] and not claim.get(
         "rows_from"
     ):
         problems.append("the source has other numbers")
-    if verdict is Verdict.COPIED and claim.get("stored_sha256") != untouched["stored_sha256"]:
+    if verdict is Verdict.COPIED and claim.get("stored_blake3") != untouched["stored_blake3"]:
         problems.append("the source has other bytes")
     goal = after.scheme(module)
     if problems or goal is None or verdict is Verdict.REQUANTIZED:
@@ -324,14 +325,14 @@ def _check_claim(before: Side, after: Side, module: str, claim: Mapping[str, Any
         moves.append(Move(name, argument))
     by = claim.get("rows_from", "")
     if not moves and not by and goal.out_features == scheme.out_features:
-        return problems if "source_sha256" not in claim else ["a change without a move"]
+        return problems if "source_blake3" not in claim else ["a change without a move"]
     if by and by not in before.layouts:
         return ["rows in the order of no linear"]
     try:
         made = _hashed(before, Step(module, verdict, scheme, goal, tuple(moves)), after, by)
     except QplugError as error:
         return [f"the moves do not fit ({error})"]
-    return problems if made["sha256"] == claim["sha256"] else ["the moves give other numbers"]
+    return problems if made["blake3"] == claim["blake3"] else ["the moves give other numbers"]
 
 
 def _move(text: object) -> tuple[str, bool, int | str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from . import moves, tiles
@@ -120,8 +120,8 @@ class Conversion:
     def run(self) -> dict[str, Any]:
         """Convert it; return what the certificate says of it.
 
-        `sha256` is the hash of what is written (`digest`), `source_sha256` that of the source where
-        it is another one and can be told. A linear that is copied has `stored_sha256`, that of its
+        `blake3` is the hash of what is written (`digest`), `source_blake3` that of the source where
+        it is another one and can be told. A linear that is copied has `stored_blake3`, that of its
         stored parts one after the other.
         """
         record: dict[str, Any] = {}
@@ -136,14 +136,14 @@ class Conversion:
         except QplugError as error:
             place(error, self.step.module)
             raise
-        record["sha256"] = (self.after if self.changes else self.before).hexdigest()
+        record["blake3"] = (self.after if self.changes else self.before).hexdigest()
         if self.changes and self.rows is None and self.order is None:
-            record["source_sha256"] = self.before.hexdigest()
+            record["source_blake3"] = self.before.hexdigest()
         if self.copied:
-            stored = hashlib.sha256()
+            stored = blake3()
             for part in self.source:
                 stored.update(self.maps.raw(self.linear.reads[part.name]))
-            record["stored_sha256"] = stored.hexdigest()
+            record["stored_blake3"] = stored.hexdigest()
         return record
 
     def _by_parts(self) -> bool:

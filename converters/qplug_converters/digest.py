@@ -1,7 +1,7 @@
 """The hash of a linear, the same in whatever layout it is stored.
 
-The hash is the sha256 of a few lines of text, each ended by a line feed: `qplug linear 1`,
-`<n> bits` (0 where there are no codes), and `<name> <dtype> <shape> <sha256>` for each part there
+The hash is the BLAKE3 of a few lines of text, each ended by a line feed: `qplug linear 1`,
+`<n> bits` (0 where there are no codes), and `<name> <dtype> <shape> <blake3>` for each part there
 is, in the order of `PARTS`. The bytes hashed for a part, little-endian and row by row:
 
 | part      | dtype | shape           | what                                                     |
@@ -20,17 +20,12 @@ is, in the order of `PARTS`. The bytes hashed for a part, little-endian and row 
 
 from __future__ import annotations
 
-import hashlib
-from typing import TYPE_CHECKING
-
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from . import words
 from .weight import AffineGrid, CodebookGrid, OffsetGrid, QuantizedWeight, RowGrid
-
-if TYPE_CHECKING:
-    from hashlib import _Hash
 
 PARTS = ("codes", "scales", "zeros", "offsets", "table", "absmax", "block", "g_idx", "weight")
 """Every part that a linear may have, in the order in which their hashes are hashed."""
@@ -52,7 +47,7 @@ class LinearHash:
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
-        self._hashes: dict[str, _Hash] = {}
+        self._hashes: dict[str, blake3] = {}
         self._shapes: dict[str, tuple[str, list[int]]] = {}
 
     def feed(self, weight: QuantizedWeight) -> None:
@@ -108,7 +103,7 @@ class LinearHash:
 
     def _add(self, name: str, dtype: str, tensor: Tensor) -> None:
         if name not in self._hashes:
-            self._hashes[name] = hashlib.sha256()
+            self._hashes[name] = blake3()
             self._shapes[name] = dtype, [0, *tensor.shape[1:]]
         self._shapes[name][1][0] += tensor.shape[0]
         if tensor.numel():
@@ -121,4 +116,4 @@ class LinearHash:
             if name in self._hashes:
                 dtype, shape = self._shapes[name]
                 lines.append(f"{name} {dtype} {shape} {self._hashes[name].hexdigest()}")
-        return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+        return blake3("".join(f"{line}\n" for line in lines).encode()).hexdigest()

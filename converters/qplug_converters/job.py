@@ -8,14 +8,15 @@ for each linear at work, never by a linear.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from . import moves
 from .blocks import stored_names
@@ -59,6 +60,11 @@ class Done:
 
 Task = Linear | Copy
 
+SMALL = 1 << 20
+"""Bytes of a task's source below which it is not worth a thread of its own: most of its work is
+Python's, and two threads that take turns at that are slower than one (0.37 s against 0.28 s for a
+model of 135 M weights)."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
@@ -93,6 +99,11 @@ class ShardResult:
 
     sha256: str | None
     records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def _size(task: Task) -> int:
+    """Return the bytes of what a task reads."""
+    return sum(place.spec.nbytes for place in _reads(task))
 
 
 def _reads(task: Task) -> list[Location]:
@@ -212,14 +223,17 @@ def run(
         return Done(task.step.module, size, record)
 
     # The largest first, so that no thread is left with much when the others are done.
-    tasks = sorted(job.tasks, key=lambda task: -sum(place.spec.nbytes for place in _reads(task)))
+    sized = sorted(((_size(task), task) for task in job.tasks), key=lambda pair: -pair[0])
+    small = [task for size, task in sized if size < SMALL]
     records: dict[str, Mapping[str, Any]] = {}
     with shard:
         with shard.syncing():
-            for done in mapper(work, tasks):
-                records[done.name] = done.record
-                if advance is not None:
-                    advance(done.nbytes, done.name)
+            large = mapper(work, [task for _, task in sized[: len(sized) - len(small)]])
+            with alone():
+                for done in chain(map(work, small), large):
+                    records[done.name] = done.record
+                    if advance is not None:
+                        advance(done.nbytes, done.name)
         shard.sync()
     return ShardResult(shard.sha256() if job.hashed else None, records)
 
@@ -229,14 +243,14 @@ def _copy(task: Copy, maps: Maps, shard: ShardFile) -> Done:
     size = task.source.spec.nbytes
     if task.order is None and not task.rows:
         shard.copy(task.name, task.source)
-        return Done(task.name, size, {"sha256": hashlib.sha256(maps.raw(task.source)).hexdigest()})
+        return Done(task.name, size, {"blake3": blake3(maps.raw(task.source)).hexdigest()})
     tensor = maps.tensor(task.source)
     if task.order is not None:
         tensor = tensor.index_select(0, moves.column_order(maps.tensor(task.order)))
     more = tensor.new_zeros(max(0, task.rows - len(tensor)), *tensor.shape[1:])
     tensor = torch.cat([tensor, more])
     shard.put(task.name, tensor)
-    return Done(task.name, size, {"sha256": hashlib.sha256(bytes_of(tensor)).hexdigest()})
+    return Done(task.name, size, {"blake3": blake3(bytes_of(tensor)).hexdigest()})
 
 
 def run_alone(job: ShardJob) -> ShardResult:

@@ -7,6 +7,8 @@ A MODEL is a dense checkpoint (small linears, where Python is the cost); it is q
 rows read from the page cache and end with their output on the disk, certificate included, and take
 turns, best of several, so that a machine shared with others slows all of them alike. `cpu` is the
 processor time of the best turn, of all threads: with cp's own it tells what a busy machine hides.
+compressed-tensors' own converter of AWQ folders is the peer, where `make peers` has made its
+environment: one turn, and no count of its processor time.
 The memory is the most that one conversion, in a process of its own, holds beside mapped files,
 above `import torch`.
 
@@ -29,6 +31,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "peers"))
+from peers import compressed_tensors_from_awq
 
 from qplug.quantizers import QUANTIZERS, quantize
 from qplug_converters import formats
@@ -176,6 +181,9 @@ def measure(name: str, gptq: Path, work: Path, rounds: int) -> list[Row]:
             seconds, after = time.perf_counter() - start, os.times()
             best[job] = min(best[job], (seconds, sum(after[:4]) - sum(before[:4])))
             shutil.rmtree(target, ignore_errors=True)
+    if (seconds := compressed_tensors_from_awq(sources["awq"], target)) is not None:
+        best["peer: compressed-tensors, of awq"] = seconds, float("nan")
+        shutil.rmtree(target)
     base = best["cp + sync"][0]
     return [Row(name, j, s, c, size(gptq) / s / 1e6, base / s) for j, (s, c) in best.items()]
 

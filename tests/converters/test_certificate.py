@@ -7,11 +7,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from builders import GOLDEN, Command, Draft, Q, convert, dense
 
 from qplug_converters import formats
@@ -68,8 +70,8 @@ def test_the_hash_is_that_of_the_numbers_in_whatever_layout(golden: str, tmp_pat
             convert(GOLDEN / golden, tmp_path / to, to)
             claims = certificate(tmp_path / to)["linears"]
             if not any(claim["moves"] for claim in claims.values()):
-                assert all("source_sha256" not in claim for claim in claims.values())
-                found[to] = {module: claim["sha256"] for module, claim in claims.items()}
+                assert all("source_blake3" not in claim for claim in claims.values())
+                found[to] = {module: claim["blake3"] for module, claim in claims.items()}
     assert len(found) >= 3
     assert len({json.dumps(hashes) for hashes in found.values()}) == 1
     hashes = next(iter(found.values()))
@@ -93,10 +95,10 @@ def test_the_hash_as_it_is_documented(tmp_path: Path) -> None:
         ("codes", "U8", codes), ("scales", "F32", scales), ("zeros", "I16", zeros),
         ("g_idx", "I32", groups),
     ):  # fmt: skip
-        digest = hashlib.sha256(array.tobytes()).hexdigest()
+        digest = blake3(array.tobytes()).hexdigest()
         text += f"{name} {dtype} {list(array.shape)} {digest}\n"
-    said = certificate(tmp_path / "c")["linears"][Q]["sha256"]
-    assert said == hashlib.sha256(text.encode()).hexdigest()
+    said = certificate(tmp_path / "c")["linears"][Q]["blake3"]
+    assert said == blake3(text.encode()).hexdigest()
 
 
 def test_moves_have_two_hashes(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_moves_have_two_hashes(tmp_path: Path) -> None:
     convert(GOLDEN / GPTQ, tmp_path / "plain", "canonical")
     plain = certificate(tmp_path / "plain")["linears"]
     for module, claim in certificate(tmp_path / "wide")["linears"].items():
-        assert claim["source_sha256"] == plain[module]["sha256"] != claim["sha256"]
+        assert claim["source_blake3"] == plain[module]["blake3"] != claim["blake3"]
 
 
 def test_blocks_and_threads_change_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +115,7 @@ def test_blocks_and_threads_change_no_hash(tmp_path: Path, monkeypatch: pytest.M
     names = ("gptq_v2", "awq", "canonical")
     for to in names:
         convert(GOLDEN / GPTQ, tmp_path / f"{to}-whole", to)
-    monkeypatch.setattr(blocks.blocks_of, "__kwdefaults__", {"most": 1 << 10})
+    monkeypatch.setattr(conversion, "blocks_of", partial(blocks.blocks_of, most=1 << 10))
     monkeypatch.setattr(tiles, "_BLOCK", 64)
     monkeypatch.setattr(conversion, "MOST_SCRATCH", 100)
     for to in names:
@@ -242,8 +244,8 @@ FORGERIES: dict[str, Forge] = {
     "moves": lambda c: c["linears"][Q].update(moves=["widen(4)"]),
     "no moves": lambda c: c["linears"][Q].update(moves=[]),
     "unknown move": lambda c: c["linears"][Q].update(moves=["improve(4)"]),
-    "hash": lambda c: c["linears"][Q].update(sha256="0" * 64),
-    "source hash": lambda c: c["linears"][Q].update(source_sha256="0" * 64),
+    "hash": lambda c: c["linears"][Q].update(blake3="0" * 64),
+    "source hash": lambda c: c["linears"][Q].update(source_blake3="0" * 64),
     "from": lambda c: c["linears"][Q].update({"from": "4-bit sym g64"}),
     "zero rule": lambda c: c["linears"][Q].update(zero_rule="field"),
     "rows from": lambda c: c["linears"][Q].update(rows_from="nowhere"),
