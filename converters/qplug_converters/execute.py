@@ -21,6 +21,7 @@ from .job import Advance, ShardJob, ShardResult, cut_shards, run, run_alone, tas
 from .journal import Journal, Made, key_of
 from .plan import Plan
 from .threads import workers
+from .verdict import Verdict
 from .writer import MAX_SHARD, Writer
 
 Progress = Callable[[int, int, str], None]
@@ -126,10 +127,13 @@ def execute(
 
     Raises
     ------
+    Refused
+        If there is no way for some linear.
     QplugError
         If the source is damaged, a value cannot be held, or the disk refuses. Nothing is left
         behind then, but for what a `journal` is for.
     """
+    plan.refuse_above(Verdict.REQUANTIZED)
     if rows is not None and executor is not None:
         raise ValueError("rows are made in this process: not with an executor")
     config, side_files = converted_config(plan, checkpoint)

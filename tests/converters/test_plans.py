@@ -99,6 +99,9 @@ def test_scales_that_float16_loses_are_no_rounding(lost: float, tmp_path: Path) 
         plan.refuse_above(Verdict.ROUNDED)
     assert "canonical" in caught.value.fix
     assert "gptq_v2" not in caught.value.fix
+    with pytest.raises(Refused, match="overflow F16, or become 0"):
+        execute(plan, open_checkpoint(tmp_path / "a"), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_forced_rule_is_written_out(tmp_path: Path) -> None:
