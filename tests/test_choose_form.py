@@ -165,7 +165,7 @@ def test_a_grid_that_no_form_holds(tmp_path: Path, qplug: Command) -> None:
     load = f"AutoModelForCausalLM.from_pretrained('{GOLDEN / 'bnb-nf4'}')"
     assert ran.err.splitlines()[-1] == (
         f"hint: vLLM with qplug: {way}, then vllm serve NEW --quantization qplug-awq; "
-        f"Transformers with qplug: {load}  # pip install bitsandbytes accelerate"
+        f"Transformers with qplug: {load}"
     )
     for name in ("gptq", "awq", "compressed-tensors"):
         assert re.search(rf"^{name} .*REQUANTIZED: ", ran.out, re.MULTILINE)

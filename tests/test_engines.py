@@ -105,7 +105,7 @@ GOLDENS = {
     "awq-gemv_fast-g64": {
         "vllm+humming": ["0.32 to 0.33 not tested"],
         "vllm+qplug": ["0.28 to 0.33 refused"],
-        "transformers+qplug": ["5.15 to 5.23 refused"],
+        "transformers+qplug": ["5.15 to 5.23 runs"],
     },
     "bnb-nf4-dq": {
         "vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"],
@@ -115,7 +115,10 @@ GOLDENS = {
         "transformers": ["5.0 to 5.23 runs"],
         "transformers+qplug": ["5.15 to 5.23 runs"],
     },
-    "bnb-nf4-after-forward": {"transformers": ["5.0 to 5.23 silently wrong"]},
+    "bnb-nf4-after-forward": {
+        "transformers": ["5.0 to 5.23 silently wrong"],
+        "transformers+qplug": ["5.15 to 5.23 runs"],
+    },
     "bnb-int8": {"vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"]},
     "awq-gemv-g64": {
         "vllm": ["0.21 to 0.33 refused"],
@@ -129,7 +132,7 @@ GOLDENS = {
         "vllm+humming": ["0.32 to 0.33 not tested"],
         "vllm+qplug": ["0.28 to 0.33 refused"],
         "transformers": ["5.0 to 5.23 refused"],
-        "transformers+qplug": ["5.15 to 5.23 refused"],
+        "transformers+qplug": ["5.15 to 5.23 runs"],
     },
     "ct-int4-asym-g64-gidx": {"vllm": ["0.21 to 0.29 runs", "0.30 to 0.33 refused"]},
     "ct-int8-sym-channel": {
@@ -172,8 +175,8 @@ def test_every_format_has_a_row(engine: engines.Engine) -> None:
     assert engine.rules.keys() == quantized
 
 
-def test_what_qplug_leaves_alone() -> None:
-    """vLLM's plugin says what to do instead; in Transformers the stock quantizer loads it."""
+def test_what_only_transformers_takes_through_qplug() -> None:
+    """vLLM's plugin says what to do instead; Transformers needs no other package."""
     nf4 = facts_of(GOLDEN / "bnb-nf4")
     served = judge_at(BY_KEY["vllm+qplug"], nf4)
     assert served is not None
@@ -181,9 +184,8 @@ def test_what_qplug_leaves_alone() -> None:
     loaded, stock = (judge_at(BY_KEY[k], nf4) for k in ("transformers+qplug", "transformers"))
     assert loaded is not None
     assert stock is not None
-    assert loaded.command == stock.command
-    assert loaded.command.endswith("# pip install bitsandbytes accelerate")
-    assert loaded.why == "left to its stock quantizer"
+    assert stock.command == f"{loaded.command}  # pip install bitsandbytes accelerate"
+    assert loaded.why == ""
     rest = judge_at(BY_KEY["vllm+qplug"], facts_of(GOLDEN / "ct-int4-asym-g64"))
     assert rest is not None
     assert rest.why == "not served through qplug: convert it, e.g. --to awq or gptq_v2"

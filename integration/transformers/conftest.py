@@ -40,11 +40,14 @@ def broken(tmp_path):
 
 @pytest.fixture
 def load():
-    """Return a function that loads a causal language model."""
+    """Return a function that loads a causal language model, through qplug whatever is installed."""
     from transformers import AutoModelForCausalLM
 
+    import qplug
+
     def load(folder, dtype=torch.float32, **kwargs):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+        with qplug.use():
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
 
     return load
 
@@ -118,3 +121,27 @@ def gptq_of(tmp_path):
         return folder, reference, tensors
 
     return make
+
+
+@pytest.fixture
+def converted(tmp_path):
+    """Return a function that converts a folder, and reads weights and tensors of the result."""
+    from qplug.cli import main
+    from qplug_converters import codec
+    from qplug_converters.checkpoint import open_checkpoint
+
+    def convert(folder, to):
+        made = tmp_path / to
+        with pytest.raises(SystemExit) as done:
+            main(["convert", str(folder), str(made), "--to", to, "--allow", "requantized"])
+        assert done.value.code == 0
+        checkpoint = open_checkpoint(made)
+        known, model = checkpoint.scheme()
+        reference = {}
+        for stem, scheme in model.linears.items():
+            layout = known.layout(scheme)
+            stored = {part.name: checkpoint.tensor(f"{stem}.{part.name}") for part in layout}
+            reference[stem] = codec.decode(layout, scheme, stored).dequantize()
+        return made, reference, load_file(made / "model.safetensors")
+
+    return convert

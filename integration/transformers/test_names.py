@@ -85,6 +85,24 @@ def test_mixtral(old, gptq_of, quantized, tmp_path):
     check(loaded, folder, reference, tensors, quantized, tmp_path)
 
 
+def test_mixtral_of_compressed_tensors(gptq_of, converted, quantized, load, tmp_path):
+    """Parts that begin with `weight`, which rules for dense experts may take for theirs."""
+    config = hf.MixtralConfig(**SMALL, num_local_experts=3, tie_word_embeddings=False)
+    folder, _, _ = gptq_of(hf.MixtralForCausalLM(config), projections)
+    folder, reference, tensors = converted(folder, "compressed-tensors")
+    assert len(reference) == 2 * (4 + 9)
+    check(load(folder), folder, reference, tensors, quantized, tmp_path)
+
+
+@pytest.mark.parametrize("to", ["bnb-nf4", "bnb-int8"])
+def test_gpt2_of_bitsandbytes(to, gptq_of, converted, quantized, load, tmp_path):
+    """Names without the prefix of the base model, which `weight.absmax` must follow."""
+    config = hf.GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=2, n_positions=64)
+    folder, _, _ = gptq_of(hf.GPT2LMHeadModel(config), lambda s: ".c_" in s, transposed=True)
+    folder, reference, tensors = converted(folder, to)
+    check(load(folder), folder, reference, tensors, quantized, tmp_path)
+
+
 def test_qwen_moe(gptq_of, quantized, tmp_path):
     config = hf.Qwen2MoeConfig(
         **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
@@ -95,8 +113,8 @@ def test_qwen_moe(gptq_of, quantized, tmp_path):
     check(loaded, folder, reference, tensors, quantized, tmp_path)
 
 
-@pytest.mark.parametrize("place", [None, "text_config"])
-def test_llava(place, gptq_of, quantized, tmp_path):
+@pytest.mark.parametrize("place", [None, "text_config", "bnb-nf4"])
+def test_llava(place, gptq_of, converted, quantized, tmp_path):
     """A vision model: other prefixes in the file, and the block perhaps at the text level."""
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(
@@ -108,8 +126,10 @@ def test_llava(place, gptq_of, quantized, tmp_path):
     folder, reference, tensors = gptq_of(
         hf.LlavaForConditionalGeneration(config),
         lambda stem: "language_model" in stem and projections(stem),
-        place=place,
+        place=place if place == "text_config" else None,
     )
+    if place == "bnb-nf4":
+        folder, reference, tensors = converted(folder, place)
     loaded = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     assert any(name.startswith("language_model.model.") for name in tensors)
     check(loaded, folder, reference, tensors, quantized, tmp_path)

@@ -9,7 +9,14 @@ pytestmark = pytest.mark.engine
 peft = pytest.importorskip("peft")
 
 PROMPT = torch.tensor([[1, 5, 9, 17, 30, 2]])
-NAMES = ["gptq-4b-asym-g64", "gptq-4b-sym-g64-actorder", "awq-gemm-g128"]
+NAMES = [
+    "awq-gemm-g128",
+    "bnb-int8",
+    "bnb-nf4-dq",
+    "ct-int4-asym-g64",
+    "gptq-4b-asym-g64",
+    "gptq-4b-sym-g64-actorder",
+]
 
 
 def adapted(model, **kwargs):
@@ -82,8 +89,9 @@ def test_merging_into_the_dequantized_model(golden, load):
     assert (merged(PROMPT).logits - logits).abs().max() < 1e-4
 
 
-def test_kbit_training_keeps_the_dtype(golden, load):
-    model = load(golden / "awq-gemm-g128", torch.bfloat16)
+@pytest.mark.parametrize("name", ["awq-gemm-g128", "bnb-nf4-dq"])
+def test_kbit_training_keeps_the_dtype(name, golden, load):
+    model = load(golden / name, torch.bfloat16)
     prepared = peft.prepare_model_for_kbit_training(model)
     assert prepared.get_input_embeddings().weight.dtype is torch.bfloat16
     assert prepared.is_gradient_checkpointing

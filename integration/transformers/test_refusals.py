@@ -14,6 +14,7 @@ pytestmark = pytest.mark.engine
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
+NF4, INT8, CT = "bnb-nf4-dq", "bnb-int8", "ct-int4-asym-g64"
 GPTQ, AWQ, MOE = "gptq-4b-asym-g64", "awq-gemm-g128", "gptq-moe-mixtral-4b-g64"
 
 
@@ -63,6 +64,18 @@ CASES = [
     (GPTQ, None, lambda c: c.update(num_hidden_layers=2), r"model\.layers\.1\."),
     ("awq-gemm-g32-bias", drop(f"{Q}.bias"), None, f"{Q}.bias"),
     ("awq-gemm-g32-bias", replace(f"{Q}.bias", lambda t: t[1:]), None, f"{Q}.bias"),
+    (NF4, drop(f"{Q}.weight"), None, f"{Q}.weight"),
+    (NF4, drop(f"{Q}.weight.absmax"), None, f"{Q}.weight.absmax"),
+    (NF4, drop(f"{Q}.weight.quant_state.bitsandbytes__nf4"), None, f"{Q}.weight"),
+    (NF4, replace(f"{Q}.weight", lambda t: t[1:]), None, f"{Q}.weight"),
+    (NF4, replace(f"{Q}.weight.nested_absmax", lambda t: t.half()), None, "nested_absmax"),
+    (NF4, None, lambda c: c.update(intermediate_size=256), "256"),
+    (INT8, drop(f"{Q}.SCB"), None, f"{Q}.SCB"),
+    (INT8, drop(f"{Q}.weight"), None, f"{Q}.weight"),
+    (INT8, replace(f"{Q}.SCB", lambda t: t[1:]), None, f"{Q}.SCB"),
+    (CT, drop(f"{Q}.weight_packed"), None, f"{Q}.weight_packed"),
+    (CT, drop(f"{Q}.weight_scale"), None, f"{Q}.weight_scale"),
+    (CT, replace(f"{Q}.weight_shape", lambda t: t * 2), None, Q),
     # Tensors that are not quantized: the loader would invent them, or install them as they are.
     (GPTQ, drop("model.norm.weight"), None, r"model\.norm\.weight"),
     (GPTQ, drop("model.embed_tokens.weight"), None, r"model\.embed_tokens\.weight"),

@@ -109,9 +109,9 @@ class Problem:
 
     @property
     def linears(self) -> str:
-        """Return e.g. `4-bit linears` or `4-bit codebook linears`."""
-        kind = "" if self.kind is Kind.AFFINE else f"{self.kind.value} "
-        return f"{self.bits}-bit {kind}linears"
+        """Return e.g. `4-bit linears` or `4-bit linears (codebook)`."""
+        kind = "" if self.kind is Kind.AFFINE else f" ({self.kind.value})"
+        return f"{self.bits}-bit linears{kind}"
 
     @property
     def dtype_name(self) -> str:

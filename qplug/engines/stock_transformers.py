@@ -139,6 +139,12 @@ FOUND = (
     ),
 )
 """Rules about a config that Transformers does not find, or takes for another."""
+IN_OLD_KEY = Rule(
+    what="the block in compression_config",
+    met=_in_old_key,
+    outcome=UNTESTED,
+    source="",
+)
 _EXPERTS = Rule(
     what="quantized experts, which its model classes hold fused",
     met=has.experts,
@@ -245,12 +251,7 @@ TRANSFORMERS = Engine(
         **dict.fromkeys(AUTOROUND, _AUTOROUND),
         "compressed-tensors": (
             *FOUND,
-            Rule(
-                what="the block in compression_config",
-                met=_in_old_key,
-                outcome=UNTESTED,
-                source="",
-            ),
+            IN_OLD_KEY,
             Rule(
                 what="actorder is group or dynamic",
                 met=ct.order,

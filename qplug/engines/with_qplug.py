@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from shlex import quote
 
 from qplug_converters.scheme import Scheme
 
-from ..transformers import METHODS as LOADED
 from ..vllm.served import METHODS, alike, refusal
 from . import properties as has
 from .facts import FUSED, SIDE, Facts
 from .rules import Engine, Outcome, Rule
-from .stock_transformers import FOUND, TRANSFORMERS, load
+from .stock_transformers import FOUND, IN_OLD_KEY, load
 from .vllm_rules import AUTOROUND, BITSANDBYTES, OTHER_AWQ
 
 OURS = "run, this version"
-STOCK = "left to its stock quantizer"
-LEFT = (*BITSANDBYTES, *AUTOROUND, "compressed-tensors")
-"""Formats whose `quant_method` qplug does not take in Transformers."""
 
 
 def _refused(facts: Facts) -> str | None:
@@ -57,19 +52,7 @@ def _serve(facts: Facts, folder: str) -> str:
 
 
 def _load(facts: Facts, folder: str) -> str:
-    return load(facts, folder, with_packages=facts.format in LEFT)
-
-
-def _left(rule: Rule) -> Rule:
-    """Return a rule of stock Transformers as one for a format that qplug leaves to it."""
-
-    def met(facts: Facts) -> str | None:
-        why = rule.met(facts)
-        if why is None:
-            return None
-        return f"{why}; {STOCK}" if why else STOCK
-
-    return replace(rule, met=met)
+    return load(facts, folder, with_packages=False)
 
 
 _RULES = (
@@ -100,15 +83,15 @@ _RULES = (
     ),
     Rule(what="everything else", met=_served, outcome=Outcome.RUNS, source=OURS),
 )
-_LOADED = (
-    *FOUND,
-    Rule(
-        what="everything else, with nothing besides",
-        met=_served,
-        outcome=Outcome.RUNS,
-        source="run, 5.15 to 5.23",
-    ),
+_WITH_NOTHING = Rule(
+    what="everything else, with nothing besides",
+    met=_served,
+    outcome=Outcome.RUNS,
+    source="run, 5.15 to 5.23",
 )
+_LOADED = (*FOUND, _WITH_NOTHING)
+_BY_BITS = (*FOUND[:2], _WITH_NOTHING)
+"""bitsandbytes is known by `load_in_4bit` and `load_in_8bit` too."""
 _NOT_SERVED = (
     Rule(
         what="a format that the plugin does not serve",
@@ -125,18 +108,6 @@ _NOT_EXACT = (
         source=OURS,
     ),
 )
-_OFFSETS = (
-    *FOUND,
-    Rule(
-        what="scaled zeros: no kernel multiplies by them",
-        met=lambda facts: "no kernel multiplies by scaled zeros; convert it",
-        outcome=Outcome.REFUSED,
-        source=OURS,
-    ),
-)
-_STOCK_RULES = {
-    rules: tuple(map(_left, rules)) for rules in {TRANSFORMERS.rules[name] for name in LEFT}
-}
 VLLM_QPLUG = Engine(
     key="vllm+qplug",
     title="vLLM with qplug",
@@ -157,13 +128,10 @@ TRANSFORMERS_QPLUG = Engine(
     last="5.23",
     stock=False,
     command=_load,
-    rules={name: _LOADED for name in METHODS if METHODS[name].removeprefix("qplug-") in LOADED}
-    | {name: _STOCK_RULES[TRANSFORMERS.rules[name]] for name in LEFT}
+    rules=dict.fromkeys(("gptq", "gptq_v2", "gptq_p", "awq", *OTHER_AWQ, *AUTOROUND), _LOADED)
+    | dict.fromkeys(BITSANDBYTES, _BY_BITS)
     | {
-        "gptq_p": (*_LOADED[:-1], replace(_LOADED[-1], source="run, 5.19.0")),
-        "awq_gemv": _LOADED,
-        "awq_gemv_fast": _OFFSETS,
-        "llm_awq": _OFFSETS,
+        "compressed-tensors": (*FOUND, IN_OLD_KEY, _WITH_NOTHING),
         "canonical": (
             Rule(
                 what="qplug's own form",

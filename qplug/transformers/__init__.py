@@ -16,11 +16,26 @@ from . import compat
 
 __all__ = ["register", "restore", "use"]
 
-METHODS = ("gptq", "awq")
-"""The `quant_method`s whose stock quantizer is replaced where it would refuse."""
+METHODS = {
+    "gptq": ("gptq",),
+    "awq": ("awq",),
+    "bitsandbytes": ("bitsandbytes_4bit", "bitsandbytes_8bit"),
+    "compressed-tensors": ("compressed-tensors",),
+    "auto-round": ("auto-round",),
+}
+"""The methods whose stock quantizer is replaced where it would refuse, by Transformers' names."""
+
+SPELLINGS = {
+    "bitsandbytes": "bitsandbytes_4bit",
+    "inc": "auto-round",
+    "intel/auto-round": "auto-round",
+}
+"""What some files call a method, and what Transformers has of it. It takes a model whose
+`quant_method` it does not know for unquantized, and invents its weights."""
 
 _preferred: set[str] = set()
 _stock: dict[str, tuple[Any, Any]] = {}
+_added: dict[str, tuple[Any, Any]] = {}
 _module: ModuleType | None = None
 
 
@@ -39,13 +54,20 @@ def register(module: ModuleType) -> None:
         return
     quantizers = module.AUTO_QUANTIZER_MAPPING
     configs = module.AUTO_QUANTIZATION_CONFIG_MAPPING
-    found = {method: (quantizers[method], configs[method]) for method in METHODS}
-    made = {
-        method: (_factory(stock), verbatim_class(config, lambda m=method: takes(m)))  # type: ignore[misc]
-        for method, (stock, config) in found.items()
+    found = {
+        name: (quantizers[name], configs[name]) for names in METHODS.values() for name in names
     }
-    # `qplug` is no method of Transformers: without an entry it takes the model for unquantized.
-    made["qplug"] = (_factory(None), CanonicalConfig)
+    made = {
+        name: (_factory(found[name][0]), verbatim_class(found[name][1], lambda m=method: takes(m)))  # type: ignore[misc]
+        for method, names in METHODS.items()
+        for name in names
+    }
+    _added.update(
+        {name: made[known] for name, known in SPELLINGS.items() if name not in quantizers}
+    )
+    # `qplug` is no method of Transformers either.
+    _added["qplug"] = (_factory(None), CanonicalConfig)
+    made.update(_added)
     _module = module
     _stock.update(found)
     for method, (factory, config) in made.items():
@@ -62,9 +84,11 @@ def restore() -> None:
     configs = _module.AUTO_QUANTIZATION_CONFIG_MAPPING
     for method, (quantizer, config) in _stock.items():
         quantizers[method], configs[method] = quantizer, config
-    quantizers.pop("qplug", None)
-    configs.pop("qplug", None)
+    for method in _added:
+        quantizers.pop(method, None)
+        configs.pop(method, None)
     _stock.clear()
+    _added.clear()
     _module = None
 
 
@@ -81,7 +105,7 @@ class use:
     Parameters
     ----------
     methods
-        `gptq`, `awq`; none means all.
+        Of `METHODS`; none means all.
 
     Raises
     ------
@@ -94,7 +118,9 @@ class use:
             if method not in METHODS:
                 from qplug_converters.errors import QplugError
 
-                raise QplugError(f"no method {method!r}", "qplug.use", f"one of {METHODS}")
+                raise QplugError(
+                    f"no method {method!r}", "qplug.use", f"one of {', '.join(METHODS)}"
+                )
         self._before = set(_preferred)
         _preferred.update(methods or METHODS)
         _autoload.install(force=True)

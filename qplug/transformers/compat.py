@@ -9,10 +9,13 @@ from typing import Any
 NEEDS: dict[str, dict[str, str]] = {
     "gptq": {"optimum": "1.24.0", "gptqmodel": "1.4.3"},
     "awq": {"gptqmodel": "1.4.3", "accelerate": "1.1.0"},
+    "bitsandbytes": {"bitsandbytes": "0.46.1", "accelerate": "1.1.0"},
+    "compressed-tensors": {"compressed_tensors": "0.15.0"},
+    "auto-round": {"auto_round": "0.5.0"},
 }
 """Package and oldest version that the stock quantizer of a method takes.
 
-transformers/quantizers/quantizer_gptq.py, quantizer_awq.py; utils/import_utils.py for accelerate.
+transformers/quantizers/quantizer_gptq.py, quantizer_awq.py; utils/import_utils.py for the others.
 """
 
 
@@ -48,7 +51,7 @@ def renamings_of(model: Any) -> tuple[list[Any], list[Any]]:
 
 
 def loader_name(
-    key: str, renamings: list[Any], converters: list[Any], prefix: str, known: Any
+    key: str, renamings: list[Any], converters: list[Any], prefix: str | None, known: Any
 ) -> tuple[str, str | None]:
     """Return what the loader calls the checkpoint's `key`, and the converter pattern it matched.
 

@@ -44,9 +44,7 @@ def verbatim_class(stock: Any, wanted: Callable[[], bool]) -> Any:
     ) -> Any:
         if not wanted():
             return stock.from_dict(config_dict, return_unused_kwargs, **kwargs)
-        # Stock defaults first: the constructor judges values (and may look for packages), while
-        # here that is the format's task, which names the tensor and what to do.
-        config = cls(bits=4)
+        config = _blank(cls)
         config.block = copy.deepcopy(dict(config_dict))
         for key, value in config.block.items():
             if key != "quant_method" and hasattr(config, key):
@@ -62,6 +60,8 @@ def verbatim_class(stock: Any, wanted: Callable[[], bool]) -> Any:
         found: dict[str, Any] = stock.to_dict(self)
         return found
 
+    if stock.__name__ in _MADE and _MADE[stock.__name__].__bases__[1] is stock:
+        return _MADE[stock.__name__]  # one class stands for both methods of bitsandbytes
     made = type(
         stock.__name__,
         (Verbatim, stock),
@@ -76,12 +76,25 @@ def verbatim_class(stock: Any, wanted: Callable[[], bool]) -> Any:
     return made
 
 
+def _blank(cls: Any) -> Any:
+    """Return a config with the stock defaults.
+
+    The constructor judges values, and may look for packages, while here that is the format's task,
+    which names the tensor and what to do.
+    """
+    if cls.__name__ == "CompressedTensorsConfig":  # whose constructor imports the package
+        config = cls.__new__(cls)
+        config.quant_method, config.quantization_config = "compressed-tensors", None
+        return config
+    return cls() if cls.__name__ == "BitsAndBytesConfig" else cls(bits=4)
+
+
 _MADE: dict[str, Any] = {}
 
 
 def __getattr__(name: str) -> Any:
     """Give pickle the classes by name; in a new process Transformers' import makes them first."""
-    if name in ("GPTQConfig", "AwqConfig"):
+    if name.endswith("Config"):
         importlib.import_module("transformers.quantizers.auto")
         if name in _MADE:
             return _MADE[name]

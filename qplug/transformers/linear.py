@@ -1,23 +1,29 @@
 """The linear that Transformers and PEFT see: a file's tensors as buffers, and a run-time pack.
 
-The buffers keep the names, dtypes and bytes of the checkpoint, so saving writes them back; nothing
-may cast them. What multiplies is `qplug_kernels`: its pack is made for the dtype and device of the
-activations and made again when those change.
+The buffers keep the dtypes and bytes of the checkpoint, and its names but for those that no buffer
+can have (`buffer_name`), so saving writes them back; nothing may cast them. What multiplies is
+`qplug_kernels`: its pack is made for the dtype and device of the activations and made again when
+those change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qplug_converters.codec import TORCH_DTYPES, decode
-from qplug_converters.layout import Layout
+from qplug_converters.layout import Layout, TensorSpec
 from qplug_converters.scheme import Scheme
 from qplug_converters.weight import QuantizedWeight
 from qplug_kernels.linear import apply_linear, prepare
+
+
+def buffer_name(part: str) -> str:
+    """Return the name of the buffer for a part; `renaming` says why some differ."""
+    return f"stored_{part.replace('.', '_')}" if part.startswith("weight") else part
 
 
 class QuantLinear(nn.Linear):
@@ -29,16 +35,26 @@ class QuantLinear(nn.Linear):
     Parameters
     ----------
     layout
-        The layout of the stored tensors; each part becomes a buffer of its name.
+        The layout of the stored tensors; each part becomes a buffer.
     scheme
         The numbers of the linear.
     dtype
         What the model computes in: dtype of `bias` and of `weight`.
     bias
         Whether there is a bias.
+    specs
+        The parts as a file has them, where those may differ from the layout's (constants).
     """
 
-    def __init__(self, layout: Layout, scheme: Scheme, dtype: torch.dtype, *, bias: bool) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        *,
+        bias: bool,
+        specs: Mapping[str, TensorSpec] | None = None,
+    ) -> None:
         # nn.Linear's own constructor would allocate a dense weight.
         nn.Module.__init__(self)
         self.in_features = scheme.in_features
@@ -46,9 +62,13 @@ class QuantLinear(nn.Linear):
         self.layout = layout
         self.scheme = scheme
         self.compute_dtype = dtype
-        for name, spec in layout.specs(scheme.sizes).items():
+        self.specs = layout.specs(scheme.sizes) | dict(specs or {})
+        """Dtype and shape of every stored tensor, by part name."""
+        self.names = {part.name: buffer_name(part.name) for part in layout}
+        """The buffer of each part."""
+        for name, spec in self.specs.items():
             empty = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
-            self.register_buffer(name, empty)
+            self.register_buffer(self.names[name], empty)
         value = torch.empty(scheme.out_features, dtype=dtype, device="meta") if bias else None
         self.register_parameter("bias", None if value is None else nn.Parameter(value))
         # Transformers initializes every nn.Linear that does not say this, through `weight`.
@@ -63,7 +83,7 @@ class QuantLinear(nn.Linear):
     @property
     def stored(self) -> dict[str, Tensor]:
         """The checkpoint's tensors of this linear, by part name."""
-        return {part.name: self.get_buffer(part.name) for part in self.layout}
+        return {part: self.get_buffer(name) for part, name in self.names.items()}
 
     def quantized_weight(self) -> QuantizedWeight:
         """Decode the stored tensors."""
@@ -127,7 +147,7 @@ class QuantLinear(nn.Linear):
         Casting back afterwards would come too late: float16 scales would be rounded by then.
         """
         buffers = dict(self._buffers)
-        names = {part.name for part in self.layout}
+        names = set(self.names.values())
         self._buffers = {name: t for name, t in buffers.items() if name not in names}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -23,9 +23,9 @@ from qplug_converters.shards import Shards
 from qplug_converters.survey import survey
 
 from . import compat
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
-"""Names of stored tensors that belong to a quantized linear and to nothing else."""
+from .linear import buffer_name
+from .names import Names, Parts
+from .renaming import TableRenaming
 
 ANY_FLOAT = (*FLOATS, "F64", "F8_E4M3", "F8_E5M2")
 
@@ -75,42 +75,12 @@ def read_model(block: Mapping[str, Any], shards: Shards) -> tuple[Format, ModelS
     return known, survey(shards, known, known.read(block, shards.headers, shards.peek))
 
 
-class _Names:
-    """The loader's renaming, asked in advance."""
-
-    def __init__(self, model: Any) -> None:
-        self.prefix = model.base_model_prefix
-        self.renamings, self.converters = compat.renamings_of(model)
-        self.known: dict[str, Any] = model.state_dict()
-
-    def of(self, key: str, known: Mapping[str, Any] | None = None) -> tuple[str, str | None]:
-        """Return the model's name for a tensor, and the pattern of a converter that takes it."""
-        known = self.known if known is None else known
-        return compat.loader_name(key, self.renamings, self.converters, self.prefix, known)
-
-    def module(self, stem: str) -> str:
-        """Return the model's name for a module that has a weight there."""
-        key = f"{stem}.weight"
-        name, _ = compat.loader_name(key, self.renamings, [], self.prefix, self.known)
-        return name.removesuffix(".weight")
-
-    def filled(self, headers: Mapping[str, TensorSpec]) -> set[str]:
-        """Return the names in the model that the checkpoint's tensors fill as they are."""
-        found = set()
-        for key in headers:
-            name, pattern = self.of(key)
-            found.add(name)
-            for converter in self.converters if pattern is not None else ():
-                if pattern in converter.source_patterns:
-                    first, *others = converter.target_patterns
-                    found.update(name.replace(first, other) for other in others)
-        return found
-
-
 def plan_swaps(
-    model: Any, linears: Mapping[str, Scheme], headers: Mapping[str, TensorSpec]
-) -> list[Swap]:
+    model: Any, known: Format, linears: Mapping[str, Scheme], headers: Mapping[str, TensorSpec]
+) -> tuple[list[Swap], dict[str, str]]:
     """Find the module for every quantized linear, and check everything about it.
+
+    Returned with the table of a `TableRenaming`: names that no buffer can have.
 
     Linears that the model has no place for are left to the loader, which reports them as
     unexpected: a model without a head is loaded from a checkpoint with one.
@@ -120,10 +90,10 @@ def plan_swaps(
     QplugError
         All problems at once, the first being the error.
     """
-    names = _Names(model)
+    names, parts = Names(model), Parts(known, linears)
     tied = compat.tied_names(model)
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    problems = _orphans(headers, linears, names)
+    problems = _orphans(headers, parts, names)
     broken = {names.module(problem.where.rpartition(".")[0]) for problem in problems}
     swaps: list[Swap] = []
     for stem, scheme in linears.items():
@@ -139,28 +109,28 @@ def plan_swaps(
             expert = _expert(stem, path, scheme, names, modules, problems)
             swaps += [expert] if expert else []
     problems += _half_experts(swaps, modules)
-    problems += _not_where_expected(swaps, headers, names)
-    problems += _misfits(headers, names)
-    problems += _missing(model, swaps, headers, names, tied, broken)
+    table = parts.renamed({swap.stem: swap.path for swap in swaps}, names)
+    plain = {key: spec for key, spec in headers.items() if key not in parts.keys}
+    problems += _not_where_expected(swaps, parts, table, headers, names)
+    problems += _misfits(plain, names)
+    problems += _missing(model, swaps, plain, names, tied, broken)
     raise_all(problems)
-    return swaps
+    return swaps, table
 
 
-def _orphans(
-    headers: Mapping[str, TensorSpec], linears: Mapping[str, Scheme], names: _Names
-) -> list[QplugError]:
+def _orphans(headers: Mapping[str, TensorSpec], parts: Parts, names: Names) -> list[QplugError]:
     """Find parts of a quantized linear whose codes are missing."""
     found: dict[str, list[str]] = {}
     for key in headers:
         stem, _, part = key.rpartition(".")
-        if part in PARTS and stem not in linears and names.of(key)[0] not in names.known:
+        if part in parts.own and stem not in parts.layouts and names.of(key)[0] not in names.known:
             found.setdefault(stem, []).append(part)
     return [
         QplugError(
-            "no such tensor", f"{stem}.qweight", f"codes beside {', '.join(parts)}",
+            "no such tensor", f"{stem}.{parts.codes}", f"codes beside {', '.join(others)}",
             "the checkpoint is incomplete",
         )
-        for stem, parts in found.items()
+        for stem, others in found.items()
     ]  # fmt: skip
 
 
@@ -215,7 +185,7 @@ def _expert(
     stem: str,
     path: str,
     scheme: Scheme,
-    names: _Names,
+    names: Names,
     modules: Mapping[str, nn.Module],
     problems: list[QplugError],
 ) -> Swap | None:
@@ -276,19 +246,24 @@ def _half_experts(swaps: list[Swap], modules: Mapping[str, nn.Module]) -> list[Q
 
 
 def _not_where_expected(
-    swaps: list[Swap], headers: Mapping[str, TensorSpec], names: _Names
+    swaps: list[Swap],
+    parts: Parts,
+    table: Mapping[str, str],
+    headers: Mapping[str, TensorSpec],
+    names: Names,
 ) -> list[QplugError]:
     """Ask the loader where each stored tensor will go once the modules are swapped."""
     stored = {
-        f"{swap.stem}.{part}": f"{swap.path}.{part}"
+        f"{swap.stem}.{part}": f"{swap.path}.{buffer_name(part)}"
         for swap in swaps
-        for part in (*PARTS, "bias")
+        for part in (*parts.of(swap.stem), "bias")
         if f"{swap.stem}.{part}" in headers
     }
     after = names.known | dict.fromkeys(stored.values(), True)
+    renaming = TableRenaming(table)
     problems: list[QplugError] = []
     for key, wanted in stored.items():
-        name, pattern = names.of(key, after)
+        name, pattern = names.of(key, after, renaming)
         if name != wanted or pattern is not None:
             problems.append(
                 Unsupported(f"Transformers loads it as {name}", key, wanted,
@@ -297,7 +272,7 @@ def _not_where_expected(
     return problems
 
 
-def _misfits(headers: Mapping[str, TensorSpec], names: _Names) -> list[QplugError]:
+def _misfits(headers: Mapping[str, TensorSpec], names: Names) -> list[QplugError]:
     """Find unquantized tensors of the wrong shape or kind.
 
     The loader checks no shapes where a quantizer is present, and casts whatever it is given.
@@ -321,7 +296,7 @@ def _missing(
     model: Any,
     swaps: list[Swap],
     headers: Mapping[str, TensorSpec],
-    names: _Names,
+    names: Names,
     tied: set[str],
     told: set[str],
 ) -> list[QplugError]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,18 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+from qplug_converters.block import parts_of
 from qplug_converters.codec import TORCH_DTYPES, round_to
 from qplug_converters.errors import MOST_SHOWN, QplugError, Unsupported
+from qplug_converters.format import Format
+from qplug_converters.layout import Holds, TensorSpec
 from qplug_converters.shards import Shards
 
 from . import compat
 from .experts import QuantExperts
 from .linear import QuantLinear
 from .modules import Swap, plan_swaps, read_model
+from .renaming import TableRenaming
 
 LOG = logging.getLogger("qplug")
 
@@ -76,11 +80,17 @@ class QplugQuantizer(HfQuantizer):
                 )  # fmt: skip
             shards = Shards(map(Path, checkpoint_files))
             known, scheme = read_model(self.quantization_config.block, shards)
-            swaps = plan_swaps(model, scheme.linears, shards.headers)
+            swaps, table = plan_swaps(model, known, scheme.linears, shards.headers)
         for note in scheme.notes:
             LOG.warning("%s", note)
         for swap in swaps:
-            _put(model, swap, known)
+            _put(model, swap, known, shards.headers)
+        self._renaming = TableRenaming(table) if table else None
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Return what the loader does to names besides the model's own renamings."""
+        renaming = getattr(self, "_renaming", None)
+        return [renaming] if renaming is not None else []
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Refuse what the loader did wrong; make the run-time packs."""
@@ -114,7 +124,7 @@ class QplugQuantizer(HfQuantizer):
         return model
 
 
-def _put(model: Any, swap: Swap, known: Any) -> None:
+def _put(model: Any, swap: Swap, known: Format, headers: Mapping[str, TensorSpec]) -> None:
     """Replace one module; the loader fills the new one like any other."""
     owner = model.get_submodule(swap.owner) if swap.owner else None
     old = owner if owner is not None else model.get_submodule(swap.path)
@@ -122,7 +132,9 @@ def _put(model: Any, swap: Swap, known: Any) -> None:
         old = old._fused[0]
     dense = old.gate_up_proj if owner is not None else old.weight
     bias = swap.bias or (owner is None and old.bias is not None)
-    linear = QuantLinear(known.layout(swap.scheme), swap.scheme, dense.dtype, bias=bias)
+    layout = known.layout(swap.scheme)
+    specs = parts_of(headers, swap.stem, [part.name for part in layout])
+    linear = QuantLinear(layout, swap.scheme, dense.dtype, bias=bias, specs=specs)
     linear.transposed = owner is None and compat.is_conv1d(old)
     linear.train(old.training)
     if owner is None:
@@ -137,21 +149,23 @@ def _put(model: Any, swap: Swap, known: Any) -> None:
 
 def _finish(path: str, module: QuantLinear, *, dispatched: bool) -> None:
     """Check that the loader filled a linear with the file's own bytes, and make its pack."""
-    specs = module.layout.specs(module.scheme.sizes)
-    for name, tensor in module.stored.items():
-        wanted = TORCH_DTYPES[specs[name].dtype]
+    for part in module.layout:
+        name, tensor = part.name, module.stored[part.name]
+        wanted = TORCH_DTYPES[module.specs[name].dtype]
         if tensor.dtype is not wanted:
             # `_keep_in_fp32_modules` widens the scales of some models: exact, and undone here.
-            if tensor.dtype is not torch.float32:
+            # Codes under a floating dtype are no numbers, and may not have survived it.
+            if tensor.dtype is not torch.float32 or part.holds is Holds.CODES:
                 raise QplugError(str(tensor.dtype), f"{path}.{name}", f"{wanted}, as in the file")
-            module.register_buffer(name, tensor.to(wanted))
+            module.register_buffer(module.names[name], tensor.to(wanted))
         if tensor.is_meta:
             if not dispatched:
                 raise QplugError("a tensor that was not loaded", f"{path}.{name}", "its values")
             module.keeps_pack = False
     if module.keeps_pack:
         try:
-            module.prepare_for(module.compute_dtype, module.get_buffer("qweight").device)
+            device = next(iter(module.stored.values())).device
+            module.prepare_for(module.compute_dtype, device)
         except QplugError as error:
             error.where = f"{path}.{error.where}" if error.where else path
             raise

@@ -18,8 +18,18 @@ class GPTQConfig:
     def from_dict(cls, block, *args, **kwargs): return cls(**block)
     def to_dict(self): return vars(self)
 class AwqConfig(GPTQConfig): pass
-AUTO_QUANTIZER_MAPPING = {{"gptq": GptqHfQuantizer, "awq": AwqQuantizer}}
-AUTO_QUANTIZATION_CONFIG_MAPPING = {{"gptq": GPTQConfig, "awq": AwqConfig}}
+class BitsAndBytesConfig(GPTQConfig): pass
+class CompressedTensorsConfig(GPTQConfig): pass
+class AutoRoundConfig(GPTQConfig): pass
+AUTO_QUANTIZER_MAPPING = {{
+    "gptq": GptqHfQuantizer, "awq": AwqQuantizer, "bitsandbytes_4bit": object,
+    "bitsandbytes_8bit": object, "compressed-tensors": object, "auto-round": object,
+}}
+AUTO_QUANTIZATION_CONFIG_MAPPING = {{
+    "gptq": GPTQConfig, "awq": AwqConfig, "bitsandbytes_4bit": BitsAndBytesConfig,
+    "bitsandbytes_8bit": BitsAndBytesConfig, "compressed-tensors": CompressedTensorsConfig,
+    "auto-round": AutoRoundConfig,
+}}
 def get_hf_quantizer(config, *args): return "stock"
 STOCK = dict(AUTO_QUANTIZER_MAPPING), dict(AUTO_QUANTIZATION_CONFIG_MAPPING)
 {after}

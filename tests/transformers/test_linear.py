@@ -12,7 +12,18 @@ from qplug_converters.checkpoint import open_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODULE = "model.layers.0.mlp.down_proj"
-NAMES = ["gptq-4b-asym-g64", "gptq-4b-sym-g64-actorder", "awq-gemm-g128", "gptq-3b-asym-g128"]
+NAMES = [
+    "autoround-native-2b-asym-g32",
+    "awq-gemm-g128",
+    "awq-gemv_fast-g64",
+    "bnb-fp4",
+    "bnb-int8",
+    "bnb-nf4-dq",
+    "ct-int4-asym-g64",
+    "gptq-3b-asym-g128",
+    "gptq-4b-asym-g64",
+    "gptq-4b-sym-g64-actorder",
+]
 
 
 def make(name="gptq-4b-asym-g64", dtype=torch.float32, bias=False):
@@ -22,7 +33,7 @@ def make(name="gptq-4b-asym-g64", dtype=torch.float32, bias=False):
     scheme = model.linears[MODULE]
     linear = QuantLinear(known.layout(scheme), scheme, dtype, bias=bias)
     for part in linear.layout:
-        setattr(linear, part.name, checkpoint.tensor(f"{MODULE}.{part.name}").clone())
+        setattr(linear, linear.names[part.name], checkpoint.tensor(f"{MODULE}.{part.name}").clone())
     if bias:
         linear.bias = torch.nn.Parameter(torch.randn(scheme.out_features).to(dtype))
     return linear
@@ -47,8 +58,9 @@ def test_forward(name, dtype):
     assert linear(x).dtype is dtype
 
 
-def test_casts_leave_the_stored_tensors_alone():
-    linear = make(bias=True)
+@pytest.mark.parametrize("name", ["gptq-4b-asym-g64", "bnb-nf4-dq", "ct-int4-asym-g64"])
+def test_casts_leave_the_stored_tensors_alone(name):
+    linear = make(name, bias=True)
     before = {name: tensor.clone() for name, tensor in linear.stored.items()}
     for change in ("half", "bfloat16", "float", "double", "cpu"):
         assert getattr(linear, change)() is linear
@@ -56,7 +68,7 @@ def test_casts_leave_the_stored_tensors_alone():
     linear.to(torch.bfloat16)
     assert same_bytes(linear, before)
     assert linear.bias.dtype is torch.bfloat16
-    assert list(linear.state_dict()) == ["bias", *before]
+    assert list(linear.state_dict()) == ["bias", *map(linear.names.get, before)]
 
 
 def test_moves_to_meta_and_back_to_memory():
