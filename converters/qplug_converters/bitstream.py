@@ -35,6 +35,8 @@ def unpack(words: NDArray[np.generic], packing: Packing, codes: int) -> Codes:
     """
     if packing.planes:
         return _unpack_planes(words, packing, codes)
+    if packing.spread:
+        return _unpack_spread(words, packing, codes)
     if packing.per_word:
         each = as_unsigned(words, packing).reshape(-1, 1)
         loose = unpack(each, replace(packing, per_word=0), packing.per_word)
@@ -69,6 +71,8 @@ def pack(codes: NDArray[np.integer], packing: Packing) -> Words:
     rows, count = codes.shape
     if packing.planes:
         return _pack_planes(codes, packing)
+    if packing.spread:
+        return _pack_spread(codes, packing)
     if packing.per_word:
         loose = np.zeros((rows, packing.words(count) * packing.per_word), np.uint8)
         loose[:, :count] = codes
@@ -127,3 +131,30 @@ def _pack_planes(codes: NDArray[np.integer], packing: Packing) -> Words:
         for low, plane in _planes(packing)
     ]
     return np.concatenate(parts, axis=1).reshape(rows, -1)
+
+
+def _whole(packing: Packing) -> Packing:
+    """Return how words hold the codes that do not cross one, where top bits are spread."""
+    return replace(packing, spread=False, per_word=packing.word_bits // packing.bits)
+
+
+def _unpack_spread(words: NDArray[np.generic], packing: Packing, codes: int) -> Codes:
+    """Read rows of words whose top bits hold one code more for every `bits` words."""
+    raw = as_unsigned(words, packing).reshape(-1, packing.bits)
+    found = np.empty((len(raw), packing.whole), np.uint8)
+    found[:, :-1] = unpack(raw, _whole(packing), packing.whole - 1)
+    tops = (raw >> np.uint64(packing.word_bits - 1)).astype(np.uint8)
+    found[:, -1] = (tops << np.arange(packing.bits, dtype=np.uint8)).sum(1)
+    return np.ascontiguousarray(found.reshape(words.shape[0], -1)[:, :codes])
+
+
+def _pack_spread(codes: NDArray[np.integer], packing: Packing) -> Words:
+    """Write rows of codes, each last of a run in the top bits of its words."""
+    rows, count = codes.shape
+    padded = np.zeros((rows, -(-count // packing.whole) * packing.whole), np.uint8)
+    padded[:, :count] = codes
+    runs = padded.reshape(-1, packing.whole)
+    words = pack(runs[:, :-1], _whole(packing))
+    tops = (runs[:, -1:] >> np.arange(packing.bits, dtype=np.uint8)) & np.uint8(1)
+    words |= tops.astype(words.dtype) << words.dtype.type(packing.word_bits - 1)
+    return words.reshape(rows, -1)

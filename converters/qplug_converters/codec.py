@@ -201,10 +201,21 @@ def _literal_pack(part: Part, values: Tensor) -> Tensor:
         found = zeros.encode(rows, part.packing, part.rule)
     else:
         found = bitstream.pack(rows, part.packing)
-    stored = np.ascontiguousarray(rearrange(found, part.stored) if part.stored else found)
+    if part.stored:
+        found = rearrange(found, part.stored, **_taken_apart(part, values))
+    stored = np.ascontiguousarray(found)
     stored = stored.reshape(-1).reshape(stored.shape)  # an axis of one keeps a foreign stride
     signed = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[stored.dtype.itemsize]
     return torch.from_numpy(stored.view(signed)).view(TORCH_DTYPES[part.dtype])
+
+
+def _taken_apart(part: Part, codes: Tensor) -> dict[str, int]:
+    """Return the lengths of the axes that the rows of codes are taken apart into."""
+    names = part.stored.partition("->")[0].partition(")")[0].partition("(")[2].split()
+    if not names:
+        return {}
+    lengths = part.sizes_of({"out": codes.shape[0], "inp": codes.shape[1]})
+    return {name: lengths[name] for name in names}
 
 
 def form(part: Part, in_features: int) -> tiles.Form | None:

@@ -87,7 +87,9 @@ class Packing:
     of one; empty means natural. `per_word` says how many codes a word holds where they do not fill
     it and none crosses into the next (the top bits are idle). `planes` cuts each code into fields
     of these widths, the low bits first: of 32 codes, plane by plane, each plane is a bit stream of
-    its own.
+    its own. `spread` says that no code crosses into the next word, and that the top bit left in
+    each of `bits` words holds a bit of one code more, the lowest in the first: 16 codes of 3 bits
+    in three words of 16.
     """
 
     bits: int
@@ -95,6 +97,7 @@ class Packing:
     order: tuple[int, ...] = ()
     per_word: int = 0
     planes: tuple[int, ...] = ()
+    spread: bool = False
 
     @property
     def word_bits(self) -> int:
@@ -105,6 +108,8 @@ class Packing:
         """Return how many words hold a row of `codes` codes."""
         if self.planes:
             return -(-codes // 32) * 32 * self.bits // self.word_bits
+        if self.spread:
+            return -(-codes // self.whole) * self.bits
         if self.per_word:
             return -(-codes // self.per_word)
         return -(-codes * self.bits // self.word_bits)
@@ -116,7 +121,7 @@ class Packing:
 
     @property
     def whole(self) -> int:
-        """The fewest codes that end on a word."""
+        """The fewest codes that end on a word, or on a run of words that share one more."""
         return 32 if self.planes else self.factor.numerator
 
 
@@ -145,9 +150,10 @@ def _stored_axes(stream: str, stored: str) -> tuple[str, ...]:
     if not stored:
         return rows
     left, _, right = stored.partition("->")
-    before, after = ([name for axis in _axes(side) for name in axis] for side in (left, right))
-    by_name = {"1": "1", **dict(zip(before, rows, strict=True))}
-    return tuple(by_name[name] for name in after)
+    by_name = {"1": "1"}
+    for axis, row in zip(_axes(left), rows, strict=True):
+        by_name |= {name: name for name in axis} if len(axis) > 1 else {axis[0]: row}
+    return tuple(" ".join(by_name[name] for name in axis) for axis in _axes(right))
 
 
 @cache
@@ -183,7 +189,8 @@ class Part:
     packing
         How a row of codes or zeros becomes words; `None` for what is not packed.
     stored
-        Rows of words to the stored tensor; empty if they are that.
+        Rows of words to the stored tensor; empty if they are that. An axis of several may be taken
+        apart again, by the same names.
     rule
         How stored zeros relate to the value subtracted (`zeros.RULES`); `as_is` for everything
         whose stored integer is the value itself.

@@ -6,12 +6,14 @@ here; its place is its preference.
 """
 
 from . import cpu_int4, cpu_int4_wna16, dense, reference
+from .gpu import affine
 from .linear import Prepared, apply_linear, prepare
 from .problem import Choice, Kernel, Problem, choose
 
 KERNELS: tuple[Kernel, ...] = (
     cpu_int4_wna16.KERNEL,
     cpu_int4.KERNEL,
+    affine.KERNEL,
     dense.KERNEL,
     reference.KERNEL,
 )

@@ -20,6 +20,7 @@ from qplug_converters.errors import QplugError
 from qplug_converters.scheme import Kind
 from qplug_converters.weight import QuantizedWeight
 
+from .gpu.compat import VERSION
 from .grids import facts
 
 CPU_FEATURES = {
@@ -62,6 +63,8 @@ class Problem:
         The highest zero (value subtracted); 0 where codes have none.
     table
         The entries of a codebook.
+    scale_dtype
+        Of the scales, as the file holds them.
     scales_fit_f16
         Whether float16 holds every scale to its own precision.
     offsets_fit_f16
@@ -74,11 +77,13 @@ class Problem:
     device
         `cpu` or `cuda`.
     arch
-        `x86_64`, `aarch64`, ... on a CPU; `sm_90`, ... on CUDA.
+        `x86_64`, `aarch64`, ... on a CPU; `sm_90`, ... on CUDA; `gfx942`, ... on ROCm.
     features
         Of the CPU: names out of `CPU_FEATURES`.
     ops
         Names out of `OPTIONAL_OPS` that this process has.
+    triton_version
+        Major and minor number; (0, 0) where there is no Triton.
     torch_version
         For `doctor` and for refusals that depend on it.
     """
@@ -92,6 +97,7 @@ class Problem:
     run: int = 0
     highest_zero: int = 8
     table: tuple[float, ...] = ()
+    scale_dtype: torch.dtype = torch.float16
     scales_fit_f16: bool = True
     offsets_fit_f16: bool = True
     weights_fit_bf16: bool = True
@@ -100,6 +106,7 @@ class Problem:
     arch: str = "x86_64"
     features: frozenset[str] = frozenset()
     ops: frozenset[str] = frozenset()
+    triton_version: tuple[int, int] = VERSION
     torch_version: str = torch.__version__
 
     @property
@@ -142,6 +149,8 @@ class Problem:
 def _arch(device: torch.device) -> str:
     if device.type != "cuda":
         return platform.machine().replace("AMD64", "x86_64")
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qplug_converters.errors import QplugError
+from qplug_converters.scheme import Kind
 from qplug_kernels import KERNELS, Problem, choose, prepare
 
 XEON = Problem(
@@ -19,6 +20,7 @@ XEON = Problem(
     run=64,
     torch_version="2.13.0",
 )
+H200 = replace(XEON, device="cuda", arch="sm_90", features=frozenset(), triton_version=(3, 6))
 PLAIN = replace(XEON, ops=XEON.ops - {"wna16"})
 
 
@@ -43,7 +45,10 @@ def test_names_are_unique():
         (replace(XEON, dtype=torch.float16), "dense"),
         (replace(XEON, dtype=torch.float32), "dense"),
         (replace(XEON, bits=8), "dense"),
-        (replace(XEON, device="cuda", arch="sm_90", features=frozenset()), "dense"),
+        (H200, "triton_affine"),
+        (replace(H200, arch="sm_75"), "dense"),
+        (replace(H200, arch="gfx942"), "triton_affine"),
+        (replace(H200, dtype=torch.float16, bits=3, act_order=True), "triton_affine"),
     ],
 )
 def test_choice(problem, name):
@@ -75,6 +80,18 @@ def test_choice(problem, name):
         ("cpu_int4_wna16", replace(XEON, features=frozenset({"avx2"})), "fast with AMX only"),
         ("cpu_int4_wna16", replace(XEON, out_features=48), "not both multiples of 32"),
         ("cpu_int4_wna16", replace(XEON, highest_zero=16), "holds 0 to 15"),
+        ("triton_affine", XEON, "runs on a GPU"),
+        ("triton_affine", replace(H200, triton_version=(0, 0)), "Triton is not installed"),
+        ("triton_affine", replace(H200, triton_version=(3, 4)), "Triton is 3.4, and"),
+        ("triton_affine", replace(H200, dtype=torch.float32), "activations are float32"),
+        ("triton_affine", replace(H200, arch="sm_75"), "no tensor cores on sm_75"),
+        ("triton_affine", replace(H200, kind=Kind.ROWS), "on a grid of rows"),
+        ("triton_affine", replace(H200, group_size=8), "groups of 8 inputs are no multiple of 16"),
+        (
+            "triton_affine",
+            replace(H200, scale_dtype=torch.float32, scales_fit_f16=False),
+            "scales are float32 and outside",
+        ),
         ("dense", replace(XEON, dtype=torch.int8), "activations are int8"),
         ("reference", replace(XEON, dtype=torch.int8), "activations are int8"),
     ],
@@ -99,7 +116,7 @@ def test_forced():
     assert choose(XEON, force="reference").kernel.name == "reference"
     with pytest.raises(QplugError, match="activations are float16"):
         choose(replace(XEON, dtype=torch.float16), force="cpu_int4")
-    with pytest.raises(QplugError, match="expected one of cpu_int4_wna16, cpu_int4, dense"):
+    with pytest.raises(QplugError, match="expected one of cpu_int4_wna16, cpu_int4, triton"):
         choose(XEON, force="marlin")
 
 

@@ -1,0 +1,210 @@
+"""2, 3, 4 and 8-bit integers on a GPU, few tokens: planes decoded in registers, tensor cores.
+
+    tensor  shape                    dtype     meaning
+    words   [nN, nK, words, BN, KP]  int16     codes, as `planes` says
+    scales  [nN, nG, BN]             int32     scale, and magic + zero, of each group and output
+    form    [0, ...]                 of x      the numbers of the layout
+    order   [nK * BK], absent when   int32     the input at each place, -1 where there is none
+            inputs are in order
+    x       [M, K]                   float16, bfloat16
+    result  [M, N]                   as x      x @ w.T + bias
+
+w = (code - zero) * scale. The product of a group runs over the exact integers code - zero, in the
+dtype of x, into float32; its sum is multiplied by the scale in float32. So a result has one
+rounding of products in the tensor core's float32 sums and one to the dtype of x. bits / 8 + 4 / g
+bytes per weight.
+
+Rounding: scales that a file holds in float32 are rounded to float16 (2^-11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qplug_converters.weight import QuantizedWeight
+
+from ..problem import Kernel, Problem
+from . import asm, compat, configs, loop, planes, workspace
+from .compat import jit_for_any, tl
+from .configs import Config
+from .planes import Form
+
+FEW = 64
+"""Most tokens of the loop over packed words: above, decoding is paid by the product."""
+
+ALL = 30
+"""The shift that leaves of every tile's number 0."""
+
+
+@jit_for_any("M", "splits")
+def affine_kernel(
+    x, words, scales, order, bias, y, partial, count, M, N, K, x_stride, many_k, splits,
+    BITS: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+    GROUPS: tl.constexpr, SHIFT: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
+    BIAS: tl.constexpr, GATHER: tl.constexpr, JOINED: tl.constexpr, DTYPE: tl.constexpr,
+    SCALE: tl.constexpr, WIDE: tl.constexpr, TEXTS: tl.constexpr, CONSTRAINTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Multiply one tile of outputs by BM tokens over one split of K."""
+    PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    EACH: tl.constexpr = PLANES // GROUPS
+    tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, last = loop.share(many_k, splits, split)
+    tokens = tile_m * BM + tl.arange(0, BM)
+    rows = tokens < M
+    column = tl.arange(0, BN)
+    start = tile_n.to(tl.int64) * many_k
+    w = words + (start + first) * (WORDS * BN * KP)
+    w += column[:, None] * KP + tl.arange(0, KP)[None, :]
+    if SHIFT:
+        groups = (many_k + (1 << SHIFT) - 1) >> SHIFT
+        s = scales + tile_n.to(tl.int64) * groups * BN + column
+    else:
+        s = scales + (start + first) * (GROUPS * BN) + column
+    xp = x + tokens.to(tl.int64)[:, None] * x_stride
+    acc = tl.zeros((BN, BM), tl.float32)
+    for t in tl.range(first, last, num_stages=STAGES):
+        w0 = tl.load(w)
+        w1 = tl.load(w + BN * KP) if WORDS == 3 else w0
+        w2 = tl.load(w + 2 * BN * KP) if WORDS == 3 else w0
+        for g in tl.static_range(GROUPS):
+            word = tl.load(s + ((t >> SHIFT) * BN if SHIFT else g * BN))
+            scale = asm.as_float(word.to(tl.int16), SCALE, True)
+            high = asm.as_float((word >> 16).to(tl.int16), DTYPE, WIDE)
+            zero = high[:, None].broadcast_to(BN, KP)
+            v = loop.decode(w0, w1, w2, zero, BITS, g * EACH, EACH, DTYPE, WIDE, TEXTS, CONSTRAINTS)
+            k = (t * PLANES + g * EACH) * KP
+            p = loop.products(
+                v, xp if GATHER else xp + k, order, rows, k, K, EACH, BN, KP, DTYPE, WIDE, EVEN_K,
+                GATHER, JOINED,
+            )  # fmt: skip
+            acc += p * scale[:, None]
+        w += WORDS * BN * KP
+        if not SHIFT:
+            s += GROUPS * BN
+    loop.finish(
+        acc, y, bias, partial, count, tile_m * tl.num_programs(0) + tile_n, split, splits, tokens,
+        tile_n * BN + column, M, N, BN, BM, SPLIT, BIAS, DTYPE, WIDE,
+    )  # fmt: skip
+
+
+def cannot(problem: Problem) -> str | None:
+    """Say why a problem is not for this kernel."""
+    return configs.cannot(problem) or planes.cannot(problem)
+
+
+def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
+    """Return the operands of the table, on the device of the weight."""
+    device = weight.codes.device
+    places = planes.arrange(weight, problem)
+    form = planes.choose_form(weight, problem, places)
+    if device.type == "cuda":
+        workspace.reserve(device)
+    return planes.encode(weight, form, places)
+
+
+def _shift(form: Form) -> int:
+    """Return the power of two of tiles in a group; of all tiles, one for every length."""
+    if form.group <= form.tile:
+        return 0
+    return ALL if form.groups == 1 else (form.group // form.tile).bit_length() - 1
+
+
+@cache
+def _constants(form: Form, ptx: bool, interpreted: bool) -> dict[str, Any]:
+    """Return the compile-time numbers of a layout."""
+    groups = max(1, form.tile // form.group)
+    each = form.planes // groups
+    texts = (
+        tuple(asm.text(form.bits, form.bf16, False, n * each, each) for n in range(groups))
+        if ptx
+        else ()
+    )
+    return {
+        "BITS": form.bits,
+        "BN": form.columns,
+        "KP": form.rows,
+        "GROUPS": groups,
+        "SHIFT": _shift(form),
+        "EVEN_K": form.places % form.tile == 0,
+        "DTYPE": tl.bfloat16 if form.bf16 else tl.float16,
+        "SCALE": tl.bfloat16 if form.bf16_scales else tl.float16,
+        "WIDE": interpreted,
+        "TEXTS": texts,
+        "CONSTRAINTS": asm.constraints(each) if ptx else "",
+    }
+
+
+def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
+    """Return the layout, or say what is wrong before anything is launched.
+
+    Raises
+    ------
+    ValueError
+        If a shape, dtype, stride or device is not that of the table.
+    """
+    form = Form.of(operands)
+    planes.check_operands(form, operands)
+    planes.check_x(form, x, bias, operands[0].device)
+    return form
+
+
+def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply `x [M, K]`."""
+    form = check(x, operands, bias)
+    if x.shape[0] > FEW:
+        return multiply_many(x, operands, bias, form)
+    return launch(x, operands, bias, configs.choose(form, x.shape[0], x.device))
+
+
+def multiply_many(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, form: Form) -> Tensor:
+    """Multiply many tokens: a slab of outputs decoded, torch's product, the next slab."""
+    y = x.new_empty((x.shape[0], form.out_features))
+    for start, weight in planes.decode_slabs(form, operands):
+        torch.mm(x, weight.T, out=y[:, start : start + len(weight)])
+    return y if bias is None else y.add_(bias)
+
+
+def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: Config) -> Tensor:
+    """Multiply `x [M, K]` with one launch, whatever M."""
+    form = Form.of(operands)
+    words, scales = operands[:2]
+    order = operands[3] if len(operands) == 4 else None
+    x = planes.aligned(x)
+    (tokens, width), (many_n, many_k) = x.shape, form.tiles
+    interpreted = compat.interpreted()
+    y = x.new_empty((tokens, form.out_features), dtype=torch.float32 if interpreted else x.dtype)
+    blocks = -(-tokens // config.tokens)
+    space = workspace.of(x.device)
+    splits = config.splits_within(form, blocks, workspace.FLOATS, workspace.COUNTERS)
+    affine_kernel[many_n, splits, blocks](
+        x, words, scales, words if order is None else order, y if bias is None else bias, y,
+        space.partial, space.count, tokens, form.out_features, width, x.stride(0), many_k, splits,
+        **_constants(form, config.ptx, interpreted),
+        BM=config.tokens, SPLIT=splits > 1, BIAS=bias is not None, GATHER=order is not None,
+        JOINED=config.joined, STAGES=config.stages,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return y.to(x.dtype) if interpreted else y
+
+
+def dequantize(operands: Sequence[Tensor]) -> Tensor:
+    """Return the weight."""
+    form = Form.of(operands)
+    return torch.cat([weight for _, weight in planes.decode_slabs(form, operands)])
+
+
+KERNEL = Kernel(
+    name="triton_affine",
+    title=f"integers decoded in registers up to {FEW} tokens, above that weights slab by slab",
+    cannot=cannot,
+    prepare=prepare,
+    run=run,
+    dequantize=dequantize,
+)

@@ -1,0 +1,64 @@
+"""What differs between versions of Triton, and whether there is one.
+
+Kernels are declared when their files are imported, and those are imported where Triton is absent
+too: `jit` then returns the function as it is, which no one calls, since `cannot` refuses. Nothing
+here, and no declaration, asks a driver for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+
+def _version() -> tuple[int, int]:
+    if triton is None:
+        return 0, 0
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+VERSION = _version()
+"""Major and minor number of Triton; (0, 0) where it is not installed."""
+
+OLDEST = (3, 5)
+"""3.4 has no products of 8 columns, 3.2 and 3.3 no tuples out of inline assembly."""
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Declare a function of the device."""
+    return function if triton is None else triton.jit(function)
+
+
+def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """Declare a kernel that is not compiled anew for special values of these arguments.
+
+    A number of tokens would otherwise cost three compilations: 1, multiples of 16, others.
+    """
+
+    def declare(function: Callable[..., Any]) -> Any:
+        return function if triton is None else triton.jit(function, do_not_specialize=names)
+
+    return declare
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU (`TRITON_INTERPRET=1` at import)."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def joins(arch: str, tokens: int, version: tuple[int, int] = VERSION) -> bool:
+    """Whether planes are joined before the product: which of two sources compiles well.
+
+    Joined planes cost mma.sync its ldmatrix of the activations up to Triton 3.7; planes one by one
+    wait for each wgmma (sm_90, sm_100), and Triton 3.8 sends every second output of inline assembly
+    through shared memory. Instructions per weight of either in docs/adr/0008.
+    """
+    wide = arch.startswith(("sm_90", "sm_10")) and tokens >= 16
+    return version >= (3, 8) or wide

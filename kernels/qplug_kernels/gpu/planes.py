@@ -1,0 +1,431 @@
+"""The layout of codes that the GPU kernels read: planes in 16-bit words, a tile in one piece.
+
+    tensor  shape                      dtype  meaning
+    words   [nN, nK, words, BN, KP]    int16  tile by tile: BN outputs by BK = planes * KP inputs
+    scales  [nN, nG, BN]               int32  scale in the low half, magic + zero in the high half
+    order   [nK * BK], absent when     int32  the input at each place, -1 where there is none
+            inputs are in order               (act order: places are sorted by group)
+    form    [0, ...]                   of x   what the other shapes do not tell, as a shape
+
+Word (output n, row r) of a tile holds one code of each plane: input p * KP + r of the tile in bits
+[b * p, b * p + b). 3 bits take three words for 16 planes: word w holds planes 5w to 5w + 4, and
+bit 15 of words 0, 1 and 2 the bits 0, 1 and 2 of plane 15. So rows of words are the inputs of a
+matrix operand, a plane of a register pair is the operand of that plane, and its activations are
+KP neighbours: nothing is permuted, on either side.
+
+Padding: codes are 0 beyond the last input (activations are 0 there) and output; scales are 0 beyond
+the last output. A tile is self-contained: packing a shard that begins and ends on tiles gives the
+tiles of the whole.
+
+bits / 8 bytes per weight, and 4 for every group. `Form.layout` is the definition as a `Layout`;
+`pack` does it on any device in slabs of outputs, with at most `SLAB` codes of scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from qplug_converters.layout import Holds, Layout, Packing, Part
+from qplug_converters.scheme import Kind
+from qplug_converters.weight import QuantizedWeight
+
+from ..problem import Problem
+from .asm import MAGIC, PLANES, WORDS
+
+SLAB = 1 << 24
+"""Codes packed at a time: 16 MB, and three times that in words and masks."""
+
+
+SMALLEST = 16
+"""Rows of words at least: inputs of one product of a tensor core."""
+
+ROWS = {2: 32, 3: 16, 4: 64, 8: 128}
+"""KP where groups allow it: tiles of 256 inputs."""
+
+COLUMNS = 128
+"""BN: less pays nowhere (0.3 to 1 instructions more per weight)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The numbers of a packed linear.
+
+    Attributes
+    ----------
+    out_features, in_features
+        Of the linear, without padding.
+    places
+        Inputs in the layout: `in_features`, or in act order whole tiles of them.
+    bits
+        2, 3, 4 or 8.
+    rows, columns
+        KP and BN: words of a tile along the inputs, and its outputs.
+    group
+        Inputs of a group in the layout: it divides a tile or is a multiple of one. A group of the
+        weight may be several of these.
+    bf16
+        Whether activations are bfloat16, not float16.
+    bf16_scales
+        Whether scales are.
+    """
+
+    out_features: int
+    in_features: int
+    places: int
+    bits: int
+    rows: int
+    columns: int
+    group: int
+    bf16: bool
+    bf16_scales: bool
+
+    @property
+    def planes(self) -> int:
+        """Codes of one word, or of three of 3 bits."""
+        return PLANES[self.bits]
+
+    @property
+    def words(self) -> int:
+        """Words that hold one code of every plane."""
+        return WORDS[self.bits]
+
+    @property
+    def tile(self) -> int:
+        """BK, the inputs of a tile."""
+        return self.planes * self.rows
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Tiles of outputs and of inputs."""
+        return -(-self.out_features // self.columns), -(-self.places // self.tile)
+
+    @property
+    def groups(self) -> int:
+        """Groups of the layout, with those that are padding."""
+        return -(-self.tiles[1] * self.tile // self.group)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return torch.bfloat16 if self.bf16 else torch.float16
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the scales."""
+        return torch.bfloat16 if self.bf16_scales else torch.float16
+
+    @property
+    def magic(self) -> int:
+        """What is added to a zero where it is stored."""
+        return 0 if self.bf16 and self.bits == 8 else MAGIC[self.bf16]
+
+    def tensor(self, device: torch.device | str) -> Tensor:
+        """Return an operand without elements whose shape tells what the words' does not."""
+        numbers = (self.out_features, self.in_features, self.bits, self.group, self.bf16_scales)
+        return torch.empty((0, *map(int, numbers)), dtype=self.dtype, device=device)
+
+    @staticmethod
+    def of(operands: Sequence[Tensor]) -> Form:
+        """Read the numbers back from operands `words`, `scales`, `form` and perhaps `order`."""
+        words, _, form = operands[:3]
+        return _form(words.shape, form.shape, form.dtype, len(operands) > 3)
+
+    def layout(self) -> Layout:
+        """Return where codes lie, for a weight padded to whole tiles."""
+        return Layout(
+            (
+                Part(
+                    name="words",
+                    holds=Holds.CODES,
+                    dtype="I16",
+                    stream="(out bn) (inp p kp) -> (out inp bn kp) p",
+                    packing=Packing(self.bits, word="I16", spread=self.bits == 3),
+                    stored="(out inp bn kp) w -> out inp w bn kp",
+                    lengths=(("bn", self.columns), ("p", self.planes), ("kp", self.rows)),
+                ),
+            )
+        )
+
+
+@cache
+def _form(words: torch.Size, form: torch.Size, dtype: torch.dtype, ordered: bool) -> Form:
+    _, many_k, _, columns, rows = words
+    _, n, k, bits, group, bf16_scales = form
+    places = many_k * PLANES[bits] * rows if ordered else k
+    bf16 = dtype == torch.bfloat16
+    return Form(n, k, places, bits, rows, columns, group, bf16, bool(bf16_scales))
+
+
+def effective_group(unit: int, tile: int, in_features: int) -> int:
+    """Return the largest group that a tile divides or that divides a tile, and no group cuts.
+
+    `unit` neighbouring inputs share a scale; beyond one tile only powers of two of tiles are
+    counted in the loop, or all of them.
+    """
+    if unit >= in_features:
+        return -(-in_features // tile) * tile
+    if unit % tile:
+        return gcd(unit, tile)
+    tiles = unit // tile
+    return tile * (tiles & -tiles)
+
+
+def pad(tensor: Tensor, rows: int, columns: int) -> Tensor:
+    """Return `[rows, columns]` with zeros behind what there is."""
+    missing = (0, columns - tensor.shape[1], 0, rows - tensor.shape[0])
+    return torch.nn.functional.pad(tensor, missing) if any(missing) else tensor
+
+
+def gather(codes: Tensor, order: Tensor | None) -> Tensor:
+    """Return the columns `order [places]` of codes, zeros where it is negative."""
+    if order is None:
+        return codes
+    found = codes.index_select(1, order.clamp(min=0))
+    return found.masked_fill_(order < 0, 0)
+
+
+def pack(codes: Tensor, form: Form, order: Tensor | None = None) -> Tensor:
+    """Return the words of codes uint8 `[out, in]`, on their device.
+
+    `order` int64 or int32 `[places]` says which input lies at each place, -1 for none.
+    """
+    many_n, many_k = form.tiles
+    shape = (many_k, form.words, form.columns, form.rows)
+    words = torch.empty((many_n, *shape), dtype=torch.int16, device=codes.device)
+    width = many_k * form.tile
+    step = max(1, SLAB // (width * form.columns))
+    for at in range(0, many_n, step):
+        tiles = min(step, many_n - at)
+        slab = codes[at * form.columns : (at + tiles) * form.columns]
+        slab = pad(gather(slab, order), tiles * form.columns, width)
+        cut = slab.view(tiles, form.columns, many_k, form.planes, form.rows)
+        _pack_slab(cut.permute(3, 0, 2, 1, 4), words[at : at + tiles], form.bits)
+    return words
+
+
+def _pack_slab(planes: Tensor, words: Tensor, bits: int) -> None:
+    """Write codes `[planes, nN, nK, BN, KP]` into words `[nN, nK, words, BN, KP]`."""
+    for word in range(words.shape[2]):
+        into = words[:, :, word]
+        per_word = 5 if bits == 3 else 16 // bits
+        into.copy_(planes[per_word * word])
+        for n in range(1, per_word):
+            into |= planes[per_word * word + n].to(torch.int16) << (bits * n)
+        if bits == 3:
+            into |= (planes[15].to(torch.int16) >> word & 1) << 15
+
+
+def unpack(words: Tensor, form: Form) -> Tensor:
+    """Return codes uint8 `[nN * BN, nK * BK]`, padding included: the inverse of `pack`."""
+    many_n, many_k = words.shape[:2]
+    mask = (1 << form.bits) - 1
+    per_word = 5 if form.bits == 3 else 16 // form.bits
+    codes = torch.empty(
+        (many_n, form.columns, many_k, form.planes, form.rows),
+        dtype=torch.uint8,
+        device=words.device,
+    )
+    for plane in range(per_word * form.words):
+        word, field = divmod(plane, per_word)
+        found = words[:, :, word] >> (form.bits * field) & mask
+        codes[:, :, :, plane] = found.permute(0, 2, 1, 3)
+    if form.bits == 3:
+        bits = (words >> 15 & 1).unbind(2)
+        last = bits[0] | bits[1] << 1 | bits[2] << 2
+        codes[:, :, :, 15] = last.permute(0, 2, 1, 3)
+    return codes.view(many_n * form.columns, many_k * form.tile)
+
+
+def pack_scales(scales: Tensor, zeros: Tensor, form: Form) -> Tensor:
+    """Return scale words of scales and zeros `[out, groups of the layout]`."""
+    rows = form.tiles[0] * form.columns
+    low = pad(scales.to(form.scale_dtype).view(torch.int16), rows, form.groups)
+    high = (pad(zeros, rows, form.groups) + form.magic).to(form.dtype).view(torch.int16)
+    words = (high.to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)
+    return words.view(-1, form.columns, form.groups).transpose(1, 2).contiguous()
+
+
+def unpack_scales(words: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Return scales and zeros in float32 `[nN * BN, groups of the layout]`."""
+    flat = words.transpose(1, 2).reshape(-1, form.groups)
+    low = (flat << 16 >> 16).to(torch.int16).view(form.scale_dtype)
+    high = (flat >> 16).to(torch.int16).view(form.dtype)
+    return low.float(), high.float() - form.magic
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Where inputs go: sorted by group.
+
+    `order` int64 `[places]` is the input at each place, -1 for none; `None` where inputs are in
+    order. `groups` int64 `[places]` is the group of each place. Every `unit` places from the first
+    on belong to one group.
+    """
+
+    order: Tensor | None
+    groups: Tensor
+    unit: int
+
+
+def arrange(weight: QuantizedWeight, problem: Problem) -> Places:
+    """Sort inputs by group where they are not; fill groups up where they share no divisor.
+
+    A shard of a linear in act order has groups of any number of inputs: each is filled up to a
+    multiple of `SMALLEST` places.
+    """
+    groups = weight.affine.group_of_inputs(weight.in_features)
+    if not problem.act_order:
+        return Places(None, groups, weight.affine.group_size)
+    order = torch.argsort(groups, stable=True)
+    if problem.block % SMALLEST == 0:
+        return Places(order, groups[order], problem.block)
+    counts = torch.bincount(groups, minlength=weight.affine.scales.shape[1])
+    filled = -(-counts // SMALLEST) * SMALLEST
+    ends, filled_ends = counts.cumsum(0), filled.cumsum(0)
+    of_place = torch.repeat_interleave(torch.arange(len(counts), device=groups.device), filled)
+    inside = torch.arange(len(of_place), device=groups.device) - (filled_ends - filled)[of_place]
+    there = inside < counts[of_place]
+    found = order[((ends - counts)[of_place] + inside).clamp(max=len(order) - 1)]
+    return Places(torch.where(there, found, -1), of_place, gcd(*filled_ends.tolist()) or SMALLEST)
+
+
+def choose_form(weight: QuantizedWeight, problem: Problem, places: Places) -> Form:
+    """Return the layout of a linear: the longest tile rows that its groups allow."""
+    bits = container(weight.bits)
+    count, rows = len(places.groups), ROWS[bits]
+    while rows > SMALLEST and effective_group(places.unit, PLANES[bits] * rows, count) < rows:
+        rows //= 2
+    tile = PLANES[bits] * rows
+    return Form(
+        weight.out_features,
+        weight.in_features,
+        count if places.order is None else -(-count // tile) * tile,
+        bits,
+        rows,
+        COLUMNS,
+        effective_group(places.unit, tile, count),
+        problem.dtype == torch.bfloat16,
+        weight.affine.scales.dtype == torch.bfloat16,
+    )
+
+
+def container(bits: int) -> int:
+    """Return the bits that codes are stored in."""
+    return next(wide for wide in PLANES if wide >= bits)
+
+
+def encode(weight: QuantizedWeight, form: Form, places: Places) -> dict[str, Tensor]:
+    """Return the operands of a linear on an affine grid."""
+    first = places.groups[:: form.group]
+    grid, device, order = weight.affine, weight.codes.device, places.order
+    if order is not None:
+        order = torch.nn.functional.pad(order, (0, form.places - len(order)), value=-1)
+    operands = {
+        "words": pack(weight.codes, form, order),
+        "scales": pack_scales(grid.scales[:, first], grid.zeros[:, first], form),
+        "form": form.tensor(device),
+    }
+    return operands if order is None else {**operands, "order": order.to(torch.int32)}
+
+
+def cannot(problem: Problem) -> str | None:
+    """Say why a linear does not fit the layout."""
+    if problem.kind is not Kind.AFFINE:
+        return f"weights lie on a grid of {problem.kind.value}, and the layout holds affine ones"
+    smallest = problem.block if problem.act_order else problem.group_size
+    if smallest % SMALLEST and not (problem.act_order and problem.group_size >= 2 * SMALLEST):
+        return (
+            f"groups of {problem.group_size} inputs are no multiple of {SMALLEST}, the shortest "
+            "product of a tensor core"
+        )
+    if problem.scale_dtype == torch.float32 and not problem.scales_fit_f16:
+        return "scales are float32 and outside the range of float16"
+    return None
+
+
+def decode_slabs(form: Form, operands: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the weight a slab of outputs at a time: the first output, and `[n, in]`.
+
+    (code - zero) * scale in float32, rounded to the dtype of the activations; inputs in their own
+    order.
+    """
+    words, scales = operands[:2]
+    order = operands[3] if len(operands) == 4 else None
+    step = max(1, SLAB // 4 // (words.shape[1] * form.tile * form.columns))
+    for tile in range(0, words.shape[0], step):
+        start = tile * form.columns
+        many = min(form.out_features - start, step * form.columns)
+        codes = unpack(words[tile : tile + step], form)[:many].float()
+        scale, zero = (found[:many] for found in unpack_scales(scales[tile : tile + step], form))
+        if form.groups > 1:
+            scale, zero = (t.repeat_interleave(form.group, 1) for t in (scale, zero))
+        width = codes.shape[1]
+        value = codes.sub_(zero[:, :width]).mul_(scale[:, :width])
+        weight = value[:, : form.in_features].to(form.dtype)
+        if order is not None:
+            there = order >= 0
+            weight = torch.empty_like(weight)
+            weight.index_copy_(1, order[there].long(), value[:, there].to(form.dtype))
+        yield start, weight
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return `x [M, K]` with rows that loads of 16 bytes may read: a copy where they may not.
+
+    Triton compiles another, slower kernel for rows at a stride that is no multiple of 16 elements;
+    that is left to rows whose own length is none.
+    """
+    inside = x.stride(1) == 1 and (x.stride(0) % 16 == 0 or x.shape[1] % 16 or x.shape[0] == 1)
+    return (
+        x if inside and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def check_x(form: Form, x: Tensor, bias: Tensor | None, device: torch.device) -> None:
+    """Refuse activations and a bias that do not fit a layout.
+
+    Raises
+    ------
+    ValueError
+        If a shape, dtype or device is wrong.
+    """
+    wanted = {"x": (x, ("M", form.in_features)), "bias": (bias, (form.out_features,))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        fits = tensor.dim() == len(shape) and tensor.shape[-1] == shape[-1]
+        if not fits or tensor.dtype != form.dtype or tensor.device != device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected "
+                f"{form.dtype} [{', '.join(map(str, shape))}] on {device}"
+            )
+
+
+def check_operands(form: Form, operands: Sequence[Tensor]) -> None:
+    """Refuse operands that are not those of a layout, or not in one piece.
+
+    Raises
+    ------
+    ValueError
+        If a shape, dtype, stride or device is wrong.
+    """
+    (many_n, many_k), device = form.tiles, operands[0].device
+    wanted = (
+        ("words", torch.int16, (many_n, many_k, form.words, form.columns, form.rows)),
+        ("scales", torch.int32, (many_n, form.groups, form.columns)),
+        ("order", torch.int32, (many_k * form.tile,)),
+    )
+    for tensor, (name, dtype, shape) in zip((*operands[:2], *operands[3:]), wanted, strict=False):
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected "
+                f"{dtype} {list(shape)} on {device}"
+            )
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise ValueError(f"{name} is not in one piece that begins at a multiple of 16 bytes")

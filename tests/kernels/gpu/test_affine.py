@@ -1,0 +1,182 @@
+"""The kernel against float64: formats, groups, zeros, act order, odd M, N and K, splits, forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qplug_converters.weight import AffineGrid
+from qplug_kernels import Problem, apply_linear
+from qplug_kernels.gpu import affine, configs, planes, workspace
+from qplug_kernels.gpu.configs import Config
+from qplug_kernels.linear import Prepared
+
+BOUND = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def prepared(random_weight, device):
+    """Return a function that draws a weight and gives it with its operands."""
+
+    def draw(n, k, group_size, dtype, **more):
+        weight = random_weight(n, k, group_size, **more)
+        grid = weight.affine
+        moved = AffineGrid(
+            grid.scales.to(device), grid.zeros.to(device), grid.group_size,
+            None if grid.g_idx is None else grid.g_idx.to(device),
+        )  # fmt: skip
+        weight = type(weight)(weight.codes.to(device), weight.bits, moved)
+        tensors = affine.prepare(weight, Problem.here(weight, dtype, device))
+        return weight, Prepared(affine.KERNEL.name, k, n, dtype, tensors)
+
+    return draw
+
+
+def relative(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def check(weight, prepared, tokens, config, bias=True):
+    """Run twice with the same counters; both runs alike, and right."""
+    operands = list(prepared.tensors.values())
+    device = operands[0].device
+    x = torch.randn(tokens, weight.in_features).to(device, prepared.dtype)
+    added = torch.randn(weight.out_features).to(device, prepared.dtype) if bias else None
+    form = affine.check(x, operands, added)
+    found = affine.launch(x, operands, added, config)
+    expected = x.double() @ weight.dequantize().double().T
+    if added is not None:
+        expected += added.double()
+    assert found.shape == (tokens, weight.out_features)
+    assert relative(found, expected) < BOUND[prepared.dtype]
+    assert torch.equal(affine.launch(x, operands, added, config), found)
+    return form
+
+
+FORMATS = [
+    (bits, group_size, dtype)
+    for bits in (2, 3, 4, 8)
+    for group_size, dtype in (
+        (16, torch.float16), (32, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16),
+        (512, torch.float16), (640, torch.bfloat16),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("bits", "group_size", "dtype"), FORMATS)
+def test_formats(bits, group_size, dtype, joined, prepared):
+    weight, one = prepared(72, 640, group_size, dtype, bits=bits)
+    check(weight, one, 3, Config(8, 2, joined=joined, ptx=one.tensors["words"].is_cuda))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "splits", "width"),
+    [
+        (1, 130, 1000, 3, 8),
+        (9, 128, 256, 1, 16),
+        (17, 5, 520, 2, 8),  # several blocks of tokens
+        (33, 300, 300, 2, 64),
+        (16, 129, 7 * 256, 5, 16),  # two splits without tiles
+        (2, 64, 16, 1, 8),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_odd_sizes(tokens, n, k, splits, width, bias, prepared):
+    weight, one = prepared(n, k, 128, torch.float16)
+    check(weight, one, tokens, Config(width, splits, ptx=one.tensors["words"].is_cuda), bias)
+
+
+@pytest.mark.parametrize(
+    ("bits", "k", "group_size", "dtype"),
+    [
+        (4, 512, 128, torch.float16), (3, 512, 64, torch.bfloat16), (2, 320, 64, torch.float16),
+        (8, 1000, 96, torch.bfloat16), (4, 300, 100, torch.float16),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("joined", [False, True])
+def test_act_order(bits, k, group_size, dtype, joined, prepared):
+    weight, one = prepared(72, k, group_size, dtype, bits=bits, act_order=True)
+    assert "order" in one.tensors
+    check(weight, one, 3, Config(8, 2, joined=joined, ptx=one.tensors["words"].is_cuda))
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_scales_of_another_dtype_than_activations(dtype, prepared):
+    for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
+        weight, one = prepared(72, 256, 64, dtype, scale_dtype=scale_dtype)
+        check(weight, one, 3, Config(8, 1, ptx=one.tensors["words"].is_cuda))
+
+
+def test_codes_of_other_widths(prepared):
+    for bits in (1, 5, 6, 7):
+        weight, one = prepared(72, 256, 64, torch.float16, bits=bits)
+        check(weight, one, 3, Config(8, 1, ptx=one.tensors["words"].is_cuda))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 8, 30, affine.FEW + 1])
+def test_run_chooses_by_the_number_of_tokens(tokens, prepared, device):
+    weight, one = prepared(200, 512, 128, torch.bfloat16, act_order=True)
+    x = torch.randn(tokens, 512).to(device, torch.bfloat16)
+    bias = torch.randn(200).to(device, torch.bfloat16)
+    found = apply_linear(x, one, bias)
+    expected = x.double() @ weight.dequantize().double().T + bias.double()
+    assert found.shape == (tokens, 200)
+    assert tokens == 0 or relative(found, expected) < BOUND[torch.bfloat16]
+
+
+def test_shapes_strides_and_alignment_of_x(prepared, device):
+    _, one = prepared(40, 256, 64, torch.float16)
+    wide = torch.randn(6, 600).to(device, torch.float16)
+    for x in (wide[:, ::2][:, :256], wide[:, 1:257], wide[:, 88:344], wide.T[:256, :3].T):
+        assert torch.equal(apply_linear(x, one), apply_linear(x.clone(), one))
+    x = wide[:, :256]
+    assert torch.equal(apply_linear(x.reshape(2, 3, 256), one).view(6, 40), apply_linear(x, one))
+
+
+def test_gradients(prepared, device):
+    weight, one = prepared(72, 256, 64, torch.bfloat16, act_order=True)
+    x = torch.randn(2, 3, 256).to(device, torch.bfloat16).requires_grad_()
+    grad = torch.randn(2, 3, 72).to(device, torch.bfloat16)
+    apply_linear(x, one).backward(grad)
+    expected = grad.double() @ weight.dequantize().double()
+    assert relative(x.grad, expected) < BOUND[torch.bfloat16]
+
+
+def test_wrong_arguments_are_named_before_a_launch(prepared, device, monkeypatch):
+    _, one = prepared(40, 256, 64, torch.float16)
+    operands = list(one.tensors.values())
+    monkeypatch.setattr(affine, "launch", lambda *_: pytest.fail("launched"))
+    x = torch.zeros(2, 256, dtype=torch.float16, device=device)
+    for wrong in (x[:, :255], x.float(), x[0], x.to("meta")):
+        with pytest.raises(ValueError, match=r"x is .*, expected torch.float16 \[M, 256\]"):
+            affine.run(wrong, operands, None)
+    with pytest.raises(ValueError, match=r"bias is .*, expected torch.float16 \[40\]"):
+        affine.run(x, operands, x[0])
+    with pytest.raises(ValueError, match=r"words is torch.int32"):
+        affine.run(x, [operands[0].int(), *operands[1:]], None)
+
+
+def test_splits_keep_within_the_workspace(prepared):
+    _, one = prepared(300, 2048, 128, torch.float16)
+    form = planes.Form.of(list(one.tensors.values()))
+    config = Config(8, 100)
+    assert config.splits_within(form, 1, workspace.FLOATS, workspace.COUNTERS) == 8
+    assert config.splits_within(form, 1, 3 * 3 * 128 * 8, workspace.COUNTERS) == 3
+    assert config.splits_within(form, 1, 0, workspace.COUNTERS) == 1
+    assert config.splits_within(form, 2, workspace.FLOATS, 5) == 1
+
+
+def test_the_rule_fits_every_card(prepared):
+    forms = []
+    for bits, group_size in ((2, 32), (3, 128), (4, 128), (8, 128), (8, 16)):
+        _, one = prepared(256, 512, group_size, torch.float16, bits=bits)
+        forms.append(planes.Form.of(list(one.tensors.values())))
+    for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
+        card = configs.Card(arch, 100)
+        for form in forms:
+            for tokens in range(1, 65):
+                config = configs.rule(form, tokens, card)
+                assert config.tokens >= min(tokens, 8)
+                assert config.ptx == arch.startswith("sm")
+                assert configs.shared_bytes(form, config.tokens, config.stages) <= card.shared
