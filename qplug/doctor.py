@@ -10,7 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qplug_converters.weight import QuantizedWeight
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton", "huggingface-hub", "accelerate")
 STOCK_BACKENDS = ("gptqmodel", "optimum", "autoawq", "bitsandbytes", "compressed-tensors")
@@ -136,44 +139,52 @@ def _transformers(problems: list[str]) -> str:
     return text + (f"; {', '.join(stock)} left to the stock backend" if stock else "")
 
 
+def _typical() -> dict[str, QuantizedWeight]:
+    """Return a linear of every kind that checkpoints hold, 64 outputs by 256 inputs."""
+    import torch
+
+    from qplug_converters.formats.bnb_4bit import TABLES
+    from qplug_converters.weight import AffineGrid, CodebookGrid, QuantizedWeight, RowGrid
+
+    codes = torch.zeros(64, 256, dtype=torch.uint8)
+    found = {}
+    for bits in (4, 2, 3, 8):
+        zeros = torch.full((64, 2), 1 << (bits - 1), dtype=torch.int16)
+        grid = AffineGrid(torch.ones(64, 2, dtype=torch.float16), zeros, 128)
+        found[f"{bits}-bit g128"] = QuantizedWeight(codes, bits, grid)
+    for name, table in TABLES.items():
+        values = torch.frombuffer(bytearray(table), dtype=torch.float32)
+        book = CodebookGrid(values, torch.ones(256), 64)
+        found[f"{name} b64"] = QuantizedWeight(codes, 4, book)
+    return found | {"int8 rows": QuantizedWeight(codes, 8, RowGrid(torch.ones(64)))}
+
+
 def _kernels(problems: list[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Choose a kernel for typical linears on this machine, `QPLUG_KERNEL` where it is set."""
     import torch
 
     from qplug_converters.errors import QplugError
-    from qplug_converters.weight import AffineGrid, QuantizedWeight
     from qplug_kernels import KERNELS, Problem, choose
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    codes = torch.zeros(64, 256, dtype=torch.uint8)
-    rows = []
-    machine = {"device": device}
     force = os.environ.get("QPLUG_KERNEL") or None
+    machine = {"device": device}
     if force is not None:
         machine["QPLUG_KERNEL"] = force
-    for bits, dtype in (
-        (4, torch.bfloat16), (4, torch.float16), (4, torch.float32), (3, torch.bfloat16),
-        (8, torch.bfloat16),
-    ):  # fmt: skip
-        zeros = torch.full((64, 2), 1 << (bits - 1), dtype=torch.int16)
-        grid = AffineGrid(torch.ones(64, 2, dtype=torch.float16), zeros, 128)
-        problem = Problem.here(QuantizedWeight(codes, bits, grid), dtype, device)
-        try:
-            choice = choose(problem, KERNELS, force)
-        except QplugError as error:
-            name, why = "none", str(error)
-            if why not in problems:
-                problems.append(why)
-        else:
-            name = choice.kernel.name
-            why = "QPLUG_KERNEL asks for it" if force else choice.reasons or choice.kernel.title
-        rows.append(
-            {
-                "weights": f"{bits}-bit g128",
-                "activations": problem.dtype_name,
-                "kernel": name,
-                "why": why,
-            }
-        )
-        machine |= {"arch": problem.arch, "features": ", ".join(sorted(problem.features))}
+    rows = []
+    for label, weight in _typical().items():
+        for dtype in (torch.bfloat16, torch.float16):
+            problem = Problem.here(weight, dtype, device)
+            try:
+                choice = choose(problem, KERNELS, force)
+            except QplugError as error:
+                name, why = "none", str(error)
+                if why not in problems:
+                    problems.append(why)
+            else:
+                name = choice.kernel.name
+                why = "QPLUG_KERNEL asks for it" if force else choice.reasons or choice.kernel.title
+            row = {"weights": label, "activations": problem.dtype_name}
+            rows.append({**row, "kernel": name, "why": why})
+            machine |= {"arch": problem.arch, "features": ", ".join(sorted(problem.features))}
     return machine, rows

@@ -73,7 +73,7 @@ def test_doctor(qplug: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == [f"warning: {p}" for p in found.json["problems"]]
     assert found.err == ""
     assert ran.out.startswith("qplug ")
-    assert {k["weights"] for k in found.json["kernels"]} >= {"4-bit g128", "8-bit g128"}
+    assert {k["weights"] for k in found.json["kernels"]} >= {"4-bit g128", "nf4 b64", "int8 rows"}
     assert all(k["kernel"] and k["why"] for k in found.json["kernels"])
 
 

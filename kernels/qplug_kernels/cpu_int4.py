@@ -217,4 +217,5 @@ KERNEL = Kernel(
     prepare=prepare,
     run=run,
     dequantize=dequantize,
+    device="cpu",
 )

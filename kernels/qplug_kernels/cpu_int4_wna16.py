@@ -118,4 +118,5 @@ KERNEL = Kernel(
     prepare=prepare,
     run=run,
     dequantize=dequantize,
+    device="cpu",
 )

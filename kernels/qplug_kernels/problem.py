@@ -184,6 +184,8 @@ class Kernel:
     dense
         Whether the weight is held unpacked, which is never silent: the one operand is then
         `[out, in]` in the dtype of the activations.
+    device
+        The one kind of device that it runs on, as in `Problem.device`; empty: any.
     cannot
         Returns why this kernel cannot serve a problem, as a sentence, or `None`.
     prepare
@@ -203,11 +205,12 @@ class Kernel:
     run: Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor]
     dequantize: Callable[[Sequence[Tensor]], Tensor]
     dense: bool = False
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The kernel for a problem, and those preferred to it with the reason why they cannot."""
+    """The kernel for a problem, and why those preferred to it on the same device cannot."""
 
     kernel: Kernel
     rejected: tuple[tuple[Kernel, str], ...] = ()
@@ -245,6 +248,8 @@ def choose(
         return Choice(_forced(problem, kernels, force))
     rejected: list[tuple[Kernel, str]] = []
     for kernel in kernels:
+        if kernel.device not in ("", problem.device):
+            continue  # goes without saying
         reason = kernel.cannot(problem)
         if reason is None:
             return Choice(kernel, tuple(rejected))

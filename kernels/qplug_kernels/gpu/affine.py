@@ -207,4 +207,5 @@ KERNEL = Kernel(
     prepare=prepare,
     run=run,
     dequantize=dequantize,
+    device="cuda",
 )
