@@ -13,7 +13,7 @@ import torch
 
 from ..problem import Problem
 from .compat import OLDEST, joins
-from .planes import Form
+from .planes import Tiled
 
 SHARED = {"sm_80": 163, "sm_87": 163, "sm_86": 99, "sm_89": 99, "sm_120": 99, "sm_121": 99}
 """KB of shared memory that one program may have; 227 on other cards of NVIDIA, 64 of AMD's."""
@@ -44,7 +44,7 @@ class Config:
     joined: bool = False
     ptx: bool = False
 
-    def splits_within(self, form: Form, blocks: int, floats: int, counters: int) -> int:
+    def splits_within(self, form: Tiled, blocks: int, floats: int, counters: int) -> int:
         """Return the splits for `blocks` of tokens that a workspace holds; none without tiles."""
         tiles = form.tiles[0] * blocks
         if tiles > counters:
@@ -77,7 +77,7 @@ def card(device: torch.device) -> Card:
     return Card(f"sm_{facts.major}{facts.minor}", facts.multi_processor_count)
 
 
-def shared_bytes(form: Form, tokens: int, stages: int) -> int:
+def shared_bytes(form: Tiled, tokens: int, stages: int) -> int:
     """Return the shared memory of a program: tiles in flight but one, and activations of that.
 
     wgmma reads the activations of the tile it is at from there as well.
@@ -88,7 +88,7 @@ def shared_bytes(form: Form, tokens: int, stages: int) -> int:
     return (stages - 1) * tile + activations
 
 
-def rule(form: Form, tokens: int, card: Card) -> Config:
+def rule(form: Tiled, tokens: int, card: Card) -> Config:
     """Return the configuration of a layout for a number of tokens."""
     few = next((few for few in (8, 16, 32) if tokens <= few), 64)
     while few > 8 and shared_bytes(form, few, 2) > card.shared:
@@ -111,7 +111,7 @@ def rule(form: Form, tokens: int, card: Card) -> Config:
 
 
 @cache
-def choose(form: Form, tokens: int, device: torch.device) -> Config:
+def choose(form: Tiled, tokens: int, device: torch.device) -> Config:
     """Return the configuration for a number of tokens on a device."""
     return rule(form, tokens, card(device))
 

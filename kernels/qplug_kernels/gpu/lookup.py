@@ -41,6 +41,9 @@ from math import frexp, inf, isfinite
 import torch
 from torch import Tensor
 
+from .asm import as_float
+from .compat import jit, tl
+
 STEPS = 8192
 """c is 1 - i / STEPS for i below STEPS / 2: further halvings change exponents alone."""
 
@@ -245,3 +248,68 @@ def _pairs(patterns: list[int], turn: int) -> tuple[int, ...]:
     first = [code for members in classes.values() for code in members[::2]]
     second = [code for members in classes.values() for code in members[1::2]]
     return tuple(first + second)
+
+
+# The device ---------------------------------------------------------------------------------------
+
+
+@jit
+def entries(code, QUADS: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr):
+    """Return the 16 bits of the entry of each code: `Lookup.quads` says them."""
+    q0, q1 = tl.full((BN, KP), QUADS[0], tl.int64), tl.full((BN, KP), QUADS[1], tl.int64)
+    q2, q3 = tl.full((BN, KP), QUADS[2], tl.int64), tl.full((BN, KP), QUADS[3], tl.int64)
+    odd = (code & 4) != 0
+    quad = tl.where((code & 8) != 0, tl.where(odd, q3, q2), tl.where(odd, q1, q0))
+    return (quad >> ((code & 3) * 16).to(tl.int64)).to(tl.int16)
+
+
+@jit
+def twin(
+    words, QUADS: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return four planes `[BN, KP]` in Triton's operations, as the text does."""
+    even, odd = tl.split(words.reshape(BN, KP // 2, 2))
+    pair = (even.to(tl.int32) & 0xFFFF) | (odd.to(tl.int32) << 16)
+    planes = ()
+    for p in tl.static_range(4):
+        code = tl.join((pair >> (8 * p)) & 15, (pair >> (8 * p + 4)) & 15).reshape(BN, KP)
+        value = as_float(entries(code, QUADS, BN, KP), DTYPE, WIDE)
+        planes = planes + (value,)  # type: ignore[assignment]
+    return planes
+
+
+@jit
+def decode(
+    words, TEXT: tl.constexpr, QUADS: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return four planes `[BN, KP]` of entries: by PTX, or by its twin where there is no text."""
+    if TEXT == "":
+        return twin(words, QUADS, BN, KP, DTYPE, WIDE)
+    else:
+        v = tl.inline_asm_elementwise(
+            TEXT, "=&r,=&r,=&r,=&r,r", [words], dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
+        planes = ()
+        for p in tl.static_range(4):
+            planes = planes + (v[p].to(DTYPE, bitcast=True),)  # type: ignore[assignment]
+        return planes
+
+
+@jit
+def load_groups(absmax, GROUPS: tl.constexpr, BN: tl.constexpr):
+    """Return GROUPS vectors `[BN]` of a tile's absmax `[BN, GROUPS]`, in one load."""
+    column = tl.arange(0, BN)
+    if GROUPS == 1:
+        return (tl.load(absmax + column),)
+    else:
+        at = column[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+        if GROUPS == 2:
+            return tl.split(tl.load(absmax + at))
+        else:
+            even, odd = tl.split(tl.load(absmax + at).reshape(BN, 2, 2))
+            s0, s2 = tl.split(even)
+            s1, s3 = tl.split(odd)
+            return s0, s1, s2, s3

@@ -133,21 +133,21 @@ def wide(values, DTYPE: tl.constexpr, WIDE: tl.constexpr):
 def products(
     v, x, order, rows, k, K, COUNT: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
     DTYPE: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr, GATHER: tl.constexpr,
-    JOINED: tl.constexpr,
+    JOINED: tl.constexpr, acc=None,
 ):  # fmt: skip
     """Return `[BN, BM]` in float32: COUNT planes times the activations from input `k` on.
 
-    `x` are pointers `[BM, 1]` of input `k` (of input 0 with GATHER). A fresh accumulator costs
-    nothing: the first product adds to the zero register.
+    `x` are pointers `[BM, 1]` of input `k` (of input 0 with GATHER). They are added to `acc`;
+    none costs nothing, as the first product then adds to the zero register.
     """
     if JOINED:
         at = tl.arange(0, COUNT * KP)
         value = load_x(x if GATHER else x + at[None, :], order, rows, k + at, K, EVEN_K, GATHER)
-        return tl.dot(joined(v, COUNT, BN, KP), wide(value, DTYPE, WIDE).T)
+        return tl.dot(joined(v, COUNT, BN, KP), wide(value, DTYPE, WIDE).T, acc)
     else:
         at = tl.arange(0, KP)
         value = load_x(x if GATHER else x + at[None, :], order, rows, k + at, K, EVEN_K, GATHER)
-        p = tl.dot(v[0], wide(value, DTYPE, WIDE).T)
+        p = tl.dot(v[0], wide(value, DTYPE, WIDE).T, acc)
         for n in tl.static_range(1, COUNT):
             here = at + n * KP
             value = load_x(

@@ -8,7 +8,7 @@ import numpy as np
 import ptx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qplug_converters.formats.bnb_4bit import TABLES
@@ -58,6 +58,7 @@ def test_the_assembly_reads_the_table(
     np.testing.assert_array_equal(execute(found, words), wanted)
 
 
+@settings(deadline=None, max_examples=60)
 @given(table=st.tuples(*[ENTRIES] * 16), dtype=st.sampled_from(DTYPES))
 def test_any_table_can_be_read(table: tuple[float, ...], dtype: torch.dtype) -> None:
     found = lookup(table, dtype)

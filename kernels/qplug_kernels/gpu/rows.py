@@ -1,0 +1,228 @@
+"""8-bit rows (LLM.int8) on a GPU: integers decoded in registers, one scale for each output.
+
+    tensor  shape                 dtype     meaning
+    words   [nN, nK, 1, BN, KP]   int16     codes, as `planes` says
+    scales  [nN * BN]             float32   absmax / 127 of each output
+    form    [0, ...]              of x      the numbers of the layout
+    x       [M, K]                float16, bfloat16
+    result  [M, N]                as x      x @ w.T + bias
+
+w = (code - 128) * absmax / 127. The product runs over the exact integers code - 128, in the dtype
+of x, into float32, and is scaled once, in float32, at the end. 1 byte per weight.
+
+Outlier columns. LLM.int8 rounds each token of x to 8 bits by its largest input, which ruins the
+others where one input is far larger; so inputs with a value above a threshold (6.0) in any token
+are taken out of that product, kept in 16 bits, and multiplied by 16-bit weights, decoded from the
+same int8 rows. Files hold nothing about them: which inputs they are is a property of x. Here every
+input is multiplied in 16 bits by the weights that LLM.int8 multiplies its outlier columns by: all
+columns are outlier columns, the rounding of x does not happen, and there is no threshold to cross.
+The result is nearer to x @ w.T than LLM.int8's own at every threshold (a test computes both;
+docs/adr/0009).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qplug_converters.scheme import Kind
+from qplug_converters.weight import INVERSE_127, QuantizedWeight, RowGrid
+
+from ..problem import Kernel, Problem
+from . import asm, compat, configs, dequantize, loop, planes, workspace
+from .compat import jit, jit_for_any, tl
+from .configs import Config
+from .planes import COLUMNS, Form
+
+FEW = 256
+"""Most tokens that are multiplied without the weight in memory."""
+
+ROWS = 64
+"""KP. 128 saves 0.1 instructions per weight (2.0 of 2.1 on sm_80, 16 tokens) and costs half as many
+registers more and 20 KB; a byte per weight leaves time for 7."""
+
+
+@jit
+def integers(
+    words, BN: tl.constexpr, KP: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+    TEXTS: tl.constexpr, CONSTRAINTS: tl.constexpr,
+):  # fmt: skip
+    """Return code - 128 of both planes `[BN, KP]`."""
+    if CONSTRAINTS == "":
+        # The twin takes the zero as `asm` stores it; the text has it written in.
+        midpoint: tl.constexpr = 128.0 if DTYPE == tl.bfloat16 else 1152.0
+        zero = tl.full((BN, KP), midpoint, tl.float32 if WIDE else DTYPE)
+    else:
+        zero = words
+    return loop.decode(words, words, words, zero, 8, 0, 2, DTYPE, WIDE, TEXTS, CONSTRAINTS)
+
+
+@jit_for_any("M", "splits")
+def rows_kernel(
+    x, words, scales, bias, y, partial, count, M, N, K, x_stride, many_k, splits,
+    BN: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr, BIAS: tl.constexpr, JOINED: tl.constexpr, DTYPE: tl.constexpr,
+    WIDE: tl.constexpr, TEXTS: tl.constexpr, CONSTRAINTS: tl.constexpr,
+):  # fmt: skip
+    """Multiply one tile of outputs by BM tokens over one split of K."""
+    tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, last = loop.share(many_k, splits, split)
+    tokens = tile_m * BM + tl.arange(0, BM)
+    rows = tokens < M
+    column = tl.arange(0, BN)
+    w = words + (tile_n.to(tl.int64) * many_k + first) * (BN * KP)
+    w += column[:, None] * KP + tl.arange(0, KP)[None, :]
+    xp = x + tokens.to(tl.int64)[:, None] * x_stride
+    acc = tl.zeros((BN, BM), tl.float32)
+    for t in range(first, last):
+        v = integers(tl.load(w), BN, KP, DTYPE, WIDE, TEXTS, CONSTRAINTS)
+        k = t * (2 * KP)
+        acc = loop.products(
+            v, xp + k, x, rows, k, K, 2, BN, KP, DTYPE, WIDE, EVEN_K, False, JOINED, acc
+        )
+        w += BN * KP
+    acc = acc * tl.load(scales + tile_n * BN + column)[:, None]
+    loop.finish(
+        acc, y, bias, partial, count, tile_m * tl.num_programs(0) + tile_n, split, splits, tokens,
+        tile_n * BN + column, M, N, BN, BM, SPLIT, BIAS, DTYPE, WIDE,
+    )  # fmt: skip
+
+
+@jit_for_any("first", "outputs")
+def rows_slab(
+    words, scales, slab, first, outputs, places, stride, many_k, BN: tl.constexpr,
+    KP: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TEXTS: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+):  # fmt: skip
+    """Decode one tile into `slab`, whose row 0 is the first output of tile `first`."""
+    tile_k, tile_n = tl.program_id(0), tl.program_id(1)
+    tile = (first + tile_n).to(tl.int64) * many_k + tile_k
+    column, r = tl.arange(0, BN), tl.arange(0, KP)
+    w = tl.load(words + tile * (BN * KP) + column[:, None] * KP + r[None, :])
+    v = integers(w, BN, KP, DTYPE, WIDE, TEXTS, CONSTRAINTS)
+    scale = tl.load(scales + (first + tile_n) * BN + column)
+    for p in tl.static_range(2):
+        value = v[p].to(tl.float32) * scale[:, None]
+        k = (tile_k * 2 + p) * KP + r
+        dequantize.store_plane(
+            value, slab, tile_n * BN + column, k, outputs, places, stride, DTYPE, WIDE
+        )
+
+
+@functools.cache
+def _constants(form: Form, ptx: bool) -> dict[str, Any]:
+    """Return the compile-time numbers of a layout."""
+    return {
+        "BN": form.columns,
+        "KP": form.rows,
+        "DTYPE": tl.bfloat16 if form.bf16 else tl.float16,
+        "WIDE": compat.interpreted(),
+        "TEXTS": (asm.text(8, form.bf16, True, 0, 2),) if ptx else (),
+        "CONSTRAINTS": asm.constraints(2) if ptx else "",
+    }
+
+
+def cannot(problem: Problem) -> str | None:
+    """Say why a problem is not for this kernel."""
+    if problem.kind is not Kind.ROWS:
+        return f"weights lie on a grid of kind {problem.kind.value}, not one of 8-bit rows"
+    return configs.cannot(problem)
+
+
+def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
+    """Return the operands of the table."""
+    grid, device, count = weight.grid, weight.codes.device, weight.in_features
+    assert isinstance(grid, RowGrid)
+    bf16 = problem.dtype == torch.bfloat16
+    whole = -(-count // (2 * ROWS)) * 2 * ROWS
+    form = Form(weight.out_features, count, count, 8, ROWS, COLUMNS, whole, bf16, False)
+    if device.type == "cuda":
+        workspace.reserve(device)
+    scales = grid.absmax.float() * INVERSE_127
+    padding = form.tiles[0] * form.columns - weight.out_features
+    return {
+        "words": planes.pack(weight.codes, form),
+        "scales": torch.nn.functional.pad(scales, (0, padding)),
+        "form": form.tensor(device),
+    }
+
+
+def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
+    """Return the layout, or say what is wrong before anything is launched.
+
+    Raises
+    ------
+    ValueError
+        If a shape, dtype, stride or device is not that of the table.
+    """
+    form = Form.of(operands)
+    many_n, many_k = form.tiles
+    wanted = (
+        ("words", torch.int16, (many_n, many_k, 1, form.columns, form.rows)),
+        ("scales", torch.float32, (many_n * form.columns,)),
+    )
+    for tensor, (name, dtype, shape) in zip(operands, wanted, strict=False):
+        planes.check_tensor(name, tensor, dtype, shape, operands[0].device)
+    planes.check_x(form, x, bias, operands[0].device)
+    return form
+
+
+def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply `x [M, K]`."""
+    form = check(x, operands, bias)
+    if x.shape[0] > FEW:
+        write = functools.partial(write_slab, operands, form)
+        return dequantize.multiply(x, form.out_features, form.columns, bias, write)
+    return launch(x, operands, bias, configs.choose(form, x.shape[0], x.device))
+
+
+def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: Config) -> Tensor:
+    """Multiply `x [M, K]` with one launch, whatever M."""
+    form = Form.of(operands)
+    words, scales = operands[:2]
+    x = planes.aligned(x)
+    (tokens, width), (many_n, many_k) = x.shape, form.tiles
+    wide = compat.interpreted()
+    y = x.new_empty((tokens, form.out_features), dtype=torch.float32 if wide else x.dtype)
+    blocks = -(-tokens // config.tokens)
+    space = workspace.of(x.device)
+    splits = config.splits_within(form, blocks, workspace.FLOATS, workspace.COUNTERS)
+    rows_kernel[many_n, splits, blocks](
+        x, words, scales, y if bias is None else bias, y, space.partial, space.count, tokens,
+        form.out_features, width, x.stride(0), many_k, splits, **_constants(form, config.ptx),
+        BM=config.tokens, SPLIT=splits > 1, EVEN_K=width % form.tile == 0, BIAS=bias is not None,
+        JOINED=config.joined, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return y.to(x.dtype) if wide else y
+
+
+def write_slab(operands: Sequence[Tensor], form: Form, tile: int, slab: Tensor) -> None:
+    """Decode outputs from the first of `tile` on into `slab [n, in_features]`."""
+    words, scales = operands[:2]
+    ptx = configs.card(slab.device).arch.startswith("sm_")
+    with dequantize.room(slab) as out:
+        rows_slab[form.tiles[1], -(-len(slab) // form.columns)](
+            words, scales, out, tile, len(slab), form.in_features, out.stride(0), form.tiles[1],
+            **_constants(form, ptx),
+        )  # fmt: skip
+
+
+def decode_all(operands: Sequence[Tensor]) -> Tensor:
+    """Return the weight `[out, in]` in the dtype of the activations."""
+    form = Form.of(operands)
+    write = functools.partial(write_slab, operands, form)
+    return dequantize.whole(form.out_features, form.in_features, operands[2], write)
+
+
+KERNEL = Kernel(
+    name="triton_rows",
+    title=f"8-bit integers decoded in registers up to {FEW} tokens, above that slab by slab",
+    cannot=cannot,
+    prepare=prepare,
+    run=run,
+    dequantize=decode_all,
+)
