@@ -2,7 +2,8 @@
 
     tensor  shape                    dtype     meaning
     words   [nN, nK, words, BN, KP]  int16     codes, as `planes` says
-    scales  [nN, nG, BN]             int32     scale, and magic + zero, of each group and output
+    scales  [nN, nS, BN, groups]     int32     scale, and magic + zero, of each output and group
+                                     int16     scale alone (symmetric)
     form    [0, ...]                 of x      the numbers of the layout
     order   [nK * BK], absent when   int32     the input at each place, -1 where there is none
             inputs are in order
@@ -12,7 +13,7 @@
 w = (code - zero) * scale. The product of a group runs over the exact integers code - zero, in the
 dtype of x, into float32; its sum is multiplied by the scale in float32. So a result has one
 rounding of products in the tensor core's float32 sums and one to the dtype of x. bits / 8 + 4 / g
-bytes per weight.
+bytes per weight, 2 / g where no zeros are stored.
 
 Rounding: scales that a file holds in float32 are rounded to float16 (2^-11).
 """
@@ -45,10 +46,10 @@ ALL = 30
 def affine_kernel(
     x, words, scales, order, bias, y, partial, count, M, N, K, x_stride, many_k, splits,
     BITS: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
-    GROUPS: tl.constexpr, SHIFT: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
-    BIAS: tl.constexpr, GATHER: tl.constexpr, JOINED: tl.constexpr, DTYPE: tl.constexpr,
-    SCALE: tl.constexpr, WIDE: tl.constexpr, TEXTS: tl.constexpr, CONSTRAINTS: tl.constexpr,
-    STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, JOINED: tl.constexpr,
+    DTYPE: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr, TEXTS: tl.constexpr,
+    CONSTRAINTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Multiply one tile of outputs by BM tokens over one split of K."""
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
@@ -64,28 +65,33 @@ def affine_kernel(
     w += column[:, None] * KP + tl.arange(0, KP)[None, :]
     if SHIFT:
         groups = (many_k + (1 << SHIFT) - 1) >> SHIFT
-        s = scales + tile_n.to(tl.int64) * groups * BN + column
+        s = scales + tile_n.to(tl.int64) * groups * BN + column[:, None]
     else:
-        s = scales + (start + first) * (GROUPS * BN) + column
+        s = scales + (start + first) * (GROUPS * BN)
+        s += column[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
     xp = x + tokens.to(tl.int64)[:, None] * x_stride
+    if not GATHER:
+        xp += first * (PLANES * KP) + loop.reach(EACH, KP, JOINED)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     for t in tl.range(first, last, num_stages=STAGES):
         w0 = tl.load(w)
         w1 = tl.load(w + BN * KP) if WORDS == 3 else w0
         w2 = tl.load(w + 2 * BN * KP) if WORDS == 3 else w0
+        group_words = loop.apart(tl.load(s + ((t >> SHIFT) * BN if SHIFT else 0)), GROUPS, BN)
         for g in tl.static_range(GROUPS):
-            word = tl.load(s + ((t >> SHIFT) * BN if SHIFT else g * BN))
+            word = group_words[g]
             scale = asm.as_float(word.to(tl.int16), SCALE, True)
-            high = asm.as_float((word >> 16).to(tl.int16), DTYPE, WIDE)
-            zero = high[:, None].broadcast_to(BN, KP)
+            zero = loop.zero_of(word, w0, BITS, SYMMETRIC, BN, KP, DTYPE, WIDE, CONSTRAINTS)
             v = loop.decode(w0, w1, w2, zero, BITS, g * EACH, EACH, DTYPE, WIDE, TEXTS, CONSTRAINTS)
             k = (t * PLANES + g * EACH) * KP
+            here = xp if GATHER else xp + g * (EACH * KP)
             p = loop.products(
-                v, xp if GATHER else xp + k, order, rows, k, K, EACH, BN, KP, DTYPE, WIDE, EVEN_K,
-                GATHER, JOINED,
-            )  # fmt: skip
+                v, here, order, rows, k, K, EACH, BN, KP, DTYPE, WIDE, EVEN_K, GATHER, JOINED
+            )
             acc += p * scale[:, None]
         w += WORDS * BN * KP
+        if not GATHER:
+            xp += PLANES * KP
         if not SHIFT:
             s += GROUPS * BN
     loop.finish(
@@ -119,10 +125,10 @@ def _shift(form: Form) -> int:
 @cache
 def _constants(form: Form, ptx: bool, interpreted: bool) -> dict[str, Any]:
     """Return the compile-time numbers of a layout."""
-    groups = max(1, form.tile // form.group)
+    groups = form.groups_of_tile
     each = form.planes // groups
     texts = (
-        tuple(asm.text(form.bits, form.bf16, False, n * each, each) for n in range(groups))
+        tuple(asm.text(form.bits, form.bf16, form.symmetric, n * each, each) for n in range(groups))
         if ptx
         else ()
     )
@@ -131,6 +137,7 @@ def _constants(form: Form, ptx: bool, interpreted: bool) -> dict[str, Any]:
         "BN": form.columns,
         "KP": form.rows,
         "GROUPS": groups,
+        "SYMMETRIC": form.symmetric,
         "SHIFT": _shift(form),
         "EVEN_K": form.places % form.tile == 0,
         "DTYPE": tl.bfloat16 if form.bf16 else tl.float16,

@@ -57,7 +57,7 @@ def codebook_kernel(
     start = tile_n.to(tl.int64) * many_k + first
     w = words + start * (BN * KP) + column[:, None] * KP + tl.arange(0, KP)[None, :]
     s = absmax + start * (BN * GROUPS)
-    xp = x + tokens.to(tl.int64)[:, None] * x_stride
+    xp = x + tokens.to(tl.int64)[:, None] * x_stride + loop.reach(EACH, KP, JOINED)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     # With its own number of stages, a loop pipelines loads that feed no product too: absmax.
     for t in tl.range(first, last, num_stages=STAGES):

@@ -82,9 +82,9 @@ def shared_bytes(form: Tiled, tokens: int, stages: int) -> int:
 
     wgmma reads the activations of the tile it is at from there as well.
     """
-    groups = max(1, form.tile // form.group)
     activations = 2 * tokens * form.tile
-    tile = form.columns * (2 * form.rows * form.words + 4 * groups) + activations
+    scales = 4 * max(1, form.tile // form.group)
+    tile = form.columns * (2 * form.rows * form.words + scales) + activations
     return (stages - 1) * tile + activations
 
 

@@ -13,7 +13,7 @@ result, which the launcher rounds.
 
 from __future__ import annotations
 
-from .asm import twin
+from .asm import as_float, twin
 from .compat import jit, tl
 
 
@@ -77,6 +77,36 @@ def assemble(
 
 
 @jit
+def zero_of(
+    word, w0, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, CONSTRAINTS: tl.constexpr,
+):  # fmt: skip
+    """Return magic + zero `[BN, KP]` out of scale words; texts of symmetric grids take anything."""
+    if not SYMMETRIC:
+        high = as_float((word >> 16).to(tl.int16), DTYPE, WIDE)
+        return high[:, None].broadcast_to(BN, KP)
+    elif CONSTRAINTS == "":
+        magic: tl.constexpr = 1024 if DTYPE == tl.float16 else (0 if BITS == 8 else 128)
+        return tl.full((BN, KP), magic + (1 << (BITS - 1)), tl.float32 if WIDE else DTYPE)
+    else:
+        return w0
+
+
+@jit
+def apart(word, COUNT: tl.constexpr, BN: tl.constexpr):
+    """Return `[BN, COUNT]` as a tuple of columns."""
+    if COUNT == 1:
+        return (word.reshape(BN),)
+    else:
+        even, odd = tl.split(word.reshape(BN, COUNT // 2, 2))
+        a, b = apart(even, COUNT // 2, BN), apart(odd, COUNT // 2, BN)
+        columns = ()
+        for n in tl.static_range(COUNT // 2):
+            columns = columns + (a[n], b[n])  # type: ignore[assignment]
+        return columns
+
+
+@jit
 def joined(v, COUNT: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr):
     """Return planes side by side, `[BN, COUNT * KP]`; compiles to a renaming of registers.
 
@@ -137,24 +167,27 @@ def products(
 ):  # fmt: skip
     """Return `[BN, BM]` in float32: COUNT planes times the activations from input `k` on.
 
-    `x` are pointers `[BM, 1]` of input `k` (of input 0 with GATHER). They are added to `acc`;
-    none costs nothing, as the first product then adds to the zero register.
+    `x` are pointers `[BM, reach]` of the inputs from `k` on (with GATHER `[BM, 1]` of input 0):
+    whole pointers carried through the loop, so that what is added to them is folded into the loads.
+    They are added to `acc`; none costs nothing: the first product then adds to the zero register.
     """
+    at = reach(COUNT, KP, JOINED)
+    value = wide(load_x(x, order, rows, k + at, K, EVEN_K, GATHER), DTYPE, WIDE)
     if JOINED:
-        at = tl.arange(0, COUNT * KP)
-        value = load_x(x if GATHER else x + at[None, :], order, rows, k + at, K, EVEN_K, GATHER)
-        return tl.dot(joined(v, COUNT, BN, KP), wide(value, DTYPE, WIDE).T, acc)
+        return tl.dot(joined(v, COUNT, BN, KP), value.T, acc)
     else:
-        at = tl.arange(0, KP)
-        value = load_x(x if GATHER else x + at[None, :], order, rows, k + at, K, EVEN_K, GATHER)
-        p = tl.dot(v[0], wide(value, DTYPE, WIDE).T, acc)
+        p = tl.dot(v[0], value.T, acc)
         for n in tl.static_range(1, COUNT):
-            here = at + n * KP
-            value = load_x(
-                x if GATHER else x + here[None, :], order, rows, k + here, K, EVEN_K, GATHER
-            )
+            here = x if GATHER else x + n * KP
+            value = load_x(here, order, rows, k + n * KP + at, K, EVEN_K, GATHER)
             p = tl.dot(v[n], wide(value, DTYPE, WIDE).T, p)
         return p
+
+
+@jit
+def reach(COUNT: tl.constexpr, KP: tl.constexpr, JOINED: tl.constexpr):
+    """Return the inputs of one load of activations, from the first of COUNT planes on."""
+    return tl.arange(0, COUNT * KP if JOINED else KP)
 
 
 @jit

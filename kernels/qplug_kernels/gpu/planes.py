@@ -2,7 +2,9 @@
 
     tensor  shape                      dtype  meaning
     words   [nN, nK, words, BN, KP]    int16  tile by tile: BN outputs by BK = planes * KP inputs
-    scales  [nN, nG, BN]               int32  scale in the low half, magic + zero in the high half
+    scales  [nN, nS, BN, groups]       int32  scale in the low half, magic + zero in the high half,
+                                              for the groups of a tile, or of several tiles (nS)
+                                       int16  symmetric, two groups and more: scales alone
     order   [nK * BK], absent when     int32  the input at each place, -1 where there is none
             inputs are in order               (act order: places are sorted by group)
     form    [0, ...]                   of x   what the other shapes do not tell, as a shape
@@ -17,8 +19,8 @@ Padding: codes are 0 beyond the last input (activations are 0 there) and output;
 the last output. A tile is self-contained: packing a shard that begins and ends on tiles gives the
 tiles of the whole.
 
-bits / 8 bytes per weight, and 4 for every group. `Form.layout` is the definition as a `Layout`;
-`pack` does it on any device in slabs of outputs, with at most `SLAB` codes of scratch.
+bits / 8 bytes per weight, and 4 for every group, or 2. `Form.layout` is the definition as a
+`Layout`; `pack` does it on any device in slabs of outputs, with at most `SLAB` codes of scratch.
 """
 
 from __future__ import annotations
@@ -97,6 +99,8 @@ class Form:
         Whether activations are bfloat16, not float16.
     bf16_scales
         Whether scales are.
+    symmetric
+        Whether all zeros are the midpoint and not stored.
     """
 
     out_features: int
@@ -108,6 +112,7 @@ class Form:
     group: int
     bf16: bool
     bf16_scales: bool
+    symmetric: bool = False
 
     @property
     def planes(self) -> int:
@@ -130,9 +135,20 @@ class Form:
         return -(-self.out_features // self.columns), -(-self.places // self.tile)
 
     @property
+    def groups_of_tile(self) -> int:
+        """Groups of a tile; 1 where they are longer."""
+        return max(1, self.tile // self.group)
+
+    @property
     def groups(self) -> int:
         """Groups of the layout, with those that are padding."""
         return -(-self.tiles[1] * self.tile // self.group)
+
+    @property
+    def scales_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the scale words."""
+        each = self.groups_of_tile
+        return self.tiles[0], self.groups // each, self.columns, each
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,8 +173,9 @@ class Form:
     @staticmethod
     def of(operands: Sequence[Tensor]) -> Form:
         """Read the numbers back from operands `words`, `scales`, `form` and perhaps `order`."""
-        words, _, form = operands[:3]
-        return _form(words.shape, form.shape, form.dtype, len(operands) > 3)
+        words, scales, form = operands[:3]
+        symmetric = scales.dtype == torch.int16
+        return _form(words.shape, form.shape, form.dtype, len(operands) > 3, symmetric)
 
     def layout(self) -> Layout:
         """Return where codes lie, for a weight padded to whole tiles."""
@@ -178,12 +195,14 @@ class Form:
 
 
 @cache
-def _form(words: torch.Size, form: torch.Size, dtype: torch.dtype, ordered: bool) -> Form:
+def _form(
+    words: torch.Size, form: torch.Size, dtype: torch.dtype, ordered: bool, symmetric: bool
+) -> Form:
     _, many_k, _, columns, rows = words
     _, n, k, bits, group, bf16_scales = form
     places = many_k * PLANES[bits] * rows if ordered else k
     bf16 = dtype == torch.bfloat16
-    return Form(n, k, places, bits, rows, columns, group, bf16, bool(bf16_scales))
+    return Form(n, k, places, bits, rows, columns, group, bf16, bool(bf16_scales), symmetric)
 
 
 def effective_group(unit: int, tile: int, in_features: int) -> int:
@@ -269,18 +288,22 @@ def unpack(words: Tensor, form: Form) -> Tensor:
 def pack_scales(scales: Tensor, zeros: Tensor, form: Form) -> Tensor:
     """Return scale words of scales and zeros `[out, groups of the layout]`."""
     rows = form.tiles[0] * form.columns
-    low = pad(scales.to(form.scale_dtype).view(torch.int16), rows, form.groups)
-    high = (pad(zeros, rows, form.groups) + form.magic).to(form.dtype).view(torch.int16)
-    words = (high.to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)
-    return words.view(-1, form.columns, form.groups).transpose(1, 2).contiguous()
+    words = pad(scales.to(form.scale_dtype).view(torch.int16), rows, form.groups)
+    if not form.symmetric:
+        high = (pad(zeros, rows, form.groups) + form.magic).to(form.dtype).view(torch.int16)
+        words = (high.to(torch.int32) << 16) | (words.to(torch.int32) & 0xFFFF)
+    many_n, many_s, columns, each = form.scales_shape
+    return words.view(many_n, columns, many_s, each).transpose(1, 2).contiguous()
 
 
 def unpack_scales(words: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return scales and zeros in float32 `[nN * BN, groups of the layout]`."""
     flat = words.transpose(1, 2).reshape(-1, form.groups)
-    low = (flat << 16 >> 16).to(torch.int16).view(form.scale_dtype)
+    scales = flat.to(torch.int16).view(form.scale_dtype).float()
+    if form.symmetric:
+        return scales, torch.full_like(scales, 1 << (form.bits - 1))
     high = (flat >> 16).to(torch.int16).view(form.dtype)
-    return low.float(), high.float() - form.magic
+    return scales, high.float() - form.magic
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -326,6 +349,8 @@ def choose_form(weight: QuantizedWeight, problem: Problem, places: Places) -> Fo
     while rows > SMALLEST and effective_group(places.unit, PLANES[bits] * rows, count) < rows:
         rows //= 2
     tile = PLANES[bits] * rows
+    group = effective_group(places.unit, tile, count)
+    symmetric = group < tile and bool((weight.affine.zeros == 1 << (bits - 1)).all())
     return Form(
         weight.out_features,
         weight.in_features,
@@ -333,9 +358,10 @@ def choose_form(weight: QuantizedWeight, problem: Problem, places: Places) -> Fo
         bits,
         rows,
         COLUMNS,
-        effective_group(places.unit, tile, count),
+        group,
         problem.dtype == torch.bfloat16,
         weight.affine.scales.dtype == torch.bfloat16,
+        symmetric,
     )
 
 
@@ -442,7 +468,7 @@ def check_operands(form: Form, operands: Sequence[Tensor]) -> None:
     (many_n, many_k), device = form.tiles, operands[0].device
     wanted = (
         ("words", torch.int16, (many_n, many_k, form.words, form.columns, form.rows)),
-        ("scales", torch.int32, (many_n, form.groups, form.columns)),
+        ("scales", torch.int16 if form.symmetric else torch.int32, form.scales_shape),
         ("order", torch.int32, (many_k * form.tile,)),
     )
     for tensor, (name, dtype, shape) in zip((*operands[:2], *operands[3:]), wanted, strict=False):

@@ -76,7 +76,7 @@ def rows_kernel(
     column = tl.arange(0, BN)
     w = words + (tile_n.to(tl.int64) * many_k + first) * (BN * KP)
     w += column[:, None] * KP + tl.arange(0, KP)[None, :]
-    xp = x + tokens.to(tl.int64)[:, None] * x_stride
+    xp = x + tokens.to(tl.int64)[:, None] * x_stride + loop.reach(2, KP, JOINED)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     for t in range(first, last):
         v = integers(tl.load(w), BN, KP, DTYPE, WIDE, TEXTS, CONSTRAINTS)

@@ -18,8 +18,10 @@ BOUND = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 def prepared(random_weight, device):
     """Return a function that draws a weight and gives it with its operands."""
 
-    def draw(n, k, group_size, dtype, **more):
+    def draw(n, k, group_size, dtype, symmetric=False, **more):
         weight = random_weight(n, k, group_size, **more)
+        if symmetric:
+            weight.affine.zeros.fill_(1 << (weight.bits - 1))
         grid = weight.affine
         moved = AffineGrid(
             grid.scales.to(device), grid.zeros.to(device), grid.group_size,
@@ -68,6 +70,15 @@ FORMATS = [
 def test_formats(bits, group_size, dtype, joined, prepared):
     weight, one = prepared(72, 640, group_size, dtype, bits=bits)
     check(weight, one, 3, Config(8, 2, joined=joined, ptx=one.tensors["words"].is_cuda))
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_symmetric(bits, dtype, prepared):
+    for group_size in (64, 1024):
+        weight, one = prepared(72, 640, group_size, dtype, symmetric=True, bits=bits)
+        assert (one.tensors["scales"].dtype == torch.int16) == (group_size == 64)
+        check(weight, one, 3, Config(8, 2, ptx=one.tensors["words"].is_cuda))
 
 
 @pytest.mark.parametrize(

@@ -113,17 +113,20 @@ def decoded(form, operands):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize(("n", "k", "group_size"), [(130, 320, 128), (40, 100, 100), (3, 96, 96)])
-def test_weights_come_back(n, k, group_size, bits, scale_dtype, dtype, monkeypatch):
+def test_weights_come_back(bits, symmetric, dtype, monkeypatch):
     monkeypatch.setattr(planes, "SLAB", 4 * 128 * 512)
-    one = weight(n, k, group_size, bits, scale_dtype=scale_dtype)
-    form, operands = encode(one, dtype)
-    operands_list = list(operands.values())
-    assert Form.of(operands_list) == form
-    planes.check_operands(form, operands_list)
-    assert torch.equal(decoded(form, operands), one.dequantize().to(dtype))
+    for n, k, group_size in ((130, 320, 128), (40, 100, 100), (3, 96, 96)):
+        for scale_dtype in (torch.float16, torch.bfloat16):
+            one = weight(n, k, group_size, bits, scale_dtype=scale_dtype)
+            if symmetric:
+                one.grid.zeros.fill_(1 << (bits - 1))
+            form, operands = encode(one, dtype)
+            assert form.symmetric == (symmetric and form.bits == bits and form.group < form.tile)
+            assert Form.of(list(operands.values())) == form
+            planes.check_operands(form, list(operands.values()))
+            assert torch.equal(decoded(form, operands), one.dequantize().to(dtype))
 
 
 def irregular(k, groups):
@@ -164,7 +167,7 @@ def test_the_numbers_of_the_largest_linears_fit_a_shape():
         rows=128, columns=128,
     )  # fmt: skip
     words = torch.empty((1, 512, 1, 128, 128), dtype=torch.int16, device="meta")
-    assert Form.of([words, words, form.tensor("cpu")]) == form
+    assert Form.of([words, words.int(), form.tensor("cpu")]) == form
 
 
 def test_sizes():
@@ -173,13 +176,16 @@ def test_sizes():
         _, operands = encode(weight(256, 1024, 128, bits))
         assert operands["words"].nbytes == size * 256 * 1024
         assert operands["scales"].nbytes == 4 * 256 * 8
+        one = weight(256, 1024, 128, bits)
+        one.grid.zeros.fill_(1 << (bits - 1))
+        assert encode(one)[1]["scales"].nbytes == 2 * 256 * 8
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda o: o | {"words": o["words"].int()}, "words is torch.int32"),
-        (lambda o: o | {"scales": o["scales"][:, :1]}, r"scales is .*, expected .*\[2, 4, 128\]"),
+        (lambda o: o | {"scales": o["scales"][:, :1]}, r"scales is .*, expected .*\[2, 2, 128, 2"),
         (lambda o: o | {"words": o["words"].transpose(3, 4)}, "words is torch.int16"),
         (lambda o: o | {"scales": o["scales"].transpose(0, 1).contiguous().transpose(0, 1)},
          "scales is not in one piece"),
