@@ -7,7 +7,8 @@ zeros lie in memory; every layout decodes into this form and encodes out of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,6 +206,17 @@ class CodebookGrid:
 Grid = AffineGrid | OffsetGrid | RowGrid | CodebookGrid
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a tensor, or a dataclass with tensors inside, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Grid | NestedAbsmax):
+        return replace(
+            value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)}
+        )
+    return value
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """Codes on a grid.
@@ -245,6 +257,10 @@ class QuantizedWeight:
     def in_features(self) -> int:
         """Columns of the weight."""
         return self.codes.shape[1]
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """Return the weight with all its tensors on a device."""
+        return QuantizedWeight(self.codes.to(device), self.bits, _moved(self.grid, device))
 
     def integers(self) -> Tensor:
         """Return int16 `[out, in]`: code - zero, what no exact move may change."""

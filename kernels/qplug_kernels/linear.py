@@ -69,7 +69,9 @@ class Prepared:
 def prepare(
     weight: QuantizedWeight, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Prepared:
-    """Choose a kernel for `weight` and encode it into the kernel's layout.
+    """Choose a kernel for `weight` and encode it into the kernel's layout, on the device itself.
+
+    What it takes there besides the result is the weight, a byte per code, and what the kernel says.
 
     Parameters
     ----------
@@ -88,6 +90,7 @@ def prepare(
     """
     check(weight)
     device = torch.device(device)
+    weight = weight.to(device)
     problem = Problem.here(weight, dtype, device)
     force = os.environ.get("QPLUG_KERNEL") or None
     choice = choose(problem, force=force)

@@ -165,9 +165,17 @@ def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
 def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """Multiply `x [M, K]`."""
     form = check(x, operands, bias)
+    if x.device.type == "cpu" and not compat.interpreted():
+        return reference(x, operands, bias)
     if x.shape[0] > FEW:
         return multiply_many(x, operands, bias, form)
     return launch(x, operands, bias, configs.choose(form, x.shape[0], x.device))
+
+
+def reference(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply in float64 by the exact weight: the definition, and what runs on a CPU."""
+    y = x.double() @ planes.dequantize(Form.of(operands), operands).T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
 def multiply_many(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, form: Form) -> Tensor:

@@ -399,6 +399,21 @@ def cannot(problem: Problem) -> str | None:
     return None
 
 
+def dequantize(form: Form, operands: Sequence[Tensor]) -> Tensor:
+    """Return the exact weight, float64 `[out, in]`: (code - zero) * scale."""
+    words, scales = operands[:2]
+    codes = unpack(words, form)[: form.out_features].double()
+    scale, zero = (t[: form.out_features].double() for t in unpack_scales(scales, form))
+    at = torch.arange(codes.shape[1], device=codes.device) // form.group
+    weight = (codes - zero[:, at]) * scale[:, at]
+    if len(operands) == 3:
+        return weight[:, : form.in_features]
+    there = operands[3] >= 0
+    return torch.empty_like(weight[:, : form.in_features]).index_copy_(
+        1, operands[3][there].long(), weight[:, there]
+    )
+
+
 def decode_slabs(form: Form, operands: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Yield the weight a slab of outputs at a time: the first output, and `[n, in]`.
 

@@ -7,7 +7,7 @@ import torch
 
 from qplug_converters.weight import AffineGrid
 from qplug_kernels import Problem, apply_linear
-from qplug_kernels.gpu import affine, configs, planes, workspace
+from qplug_kernels.gpu import affine, compat, configs, planes, workspace
 from qplug_kernels.gpu.configs import Config
 from qplug_kernels.linear import Prepared
 
@@ -52,6 +52,7 @@ def check(weight, prepared, tokens, config, bias=True):
     assert found.shape == (tokens, weight.out_features)
     assert relative(found, expected) < BOUND[prepared.dtype]
     assert torch.equal(affine.launch(x, operands, added, config), found)
+    assert relative(affine.reference(x, operands, added), expected) < BOUND[prepared.dtype]
     return form
 
 
@@ -143,6 +144,61 @@ def test_shapes_strides_and_alignment_of_x(prepared, device):
         assert torch.equal(apply_linear(x, one), apply_linear(x.clone(), one))
     x = wide[:, :256]
     assert torch.equal(apply_linear(x.reshape(2, 3, 256), one).view(6, 40), apply_linear(x, one))
+
+
+def test_without_interpreter_a_cpu_computes_the_definition(prepared, monkeypatch):
+    weight, one = prepared(40, 256, 64, torch.float16, act_order=True)
+    monkeypatch.setattr(compat, "interpreted", lambda: False)
+    operands = [tensor.cpu() for tensor in one.tensors.values()]
+    for tokens in (1, affine.FEW + 1):
+        x = torch.randn(tokens, 256).half()
+        expected = x.double() @ weight.dequantize().cpu().double().T
+        assert torch.equal(affine.run(x, operands, None), expected.half())
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_opcheck(tokens, prepared, device):
+    _, one = prepared(72, 256, 64, torch.bfloat16, act_order=True)
+    operands = list(one.tensors.values())
+    for x, bias in (
+        (torch.randn(tokens, 256), None),
+        (torch.randn(2, tokens, 256).requires_grad_(), torch.randn(72)),
+        (torch.randn(tokens, 512)[:, ::2], torch.randn(72)),
+        (torch.randn(0, 256), None),
+    ):
+        x = x.detach().to(device, torch.bfloat16).requires_grad_(x.requires_grad)
+        bias = None if bias is None else bias.to(device, torch.bfloat16)
+        arguments = (x, operands, bias, one.kernel, 72)
+        torch.library.opcheck(torch.ops.qplug.apply_linear.default, arguments)
+
+
+def test_compiled_once_for_all_numbers_of_tokens(prepared, device):
+    _, one = prepared(72, 256, 64, torch.float16)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def multiply(x):
+        return apply_linear(x * 2, one) + 1
+
+    compiled = torch.compile(multiply, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (100, 2, 50):
+        x = torch.randn(tokens, 256).to(device, torch.float16)
+        assert torch.equal(compiled(x), multiply(x))
+    assert len(graphs) == 1
+
+
+def test_compiled_with_gradients(prepared, device):
+    _, one = prepared(72, 256, 64, torch.bfloat16)
+    compiled = torch.compile(
+        lambda x: apply_linear(x * 2, one) + 1, backend="aot_eager", fullgraph=True
+    )
+    x, y = (torch.ones(3, 256).to(device, torch.bfloat16).requires_grad_() for _ in range(2))
+    apply_linear(x * 2, one).sum().backward()
+    compiled(y).sum().backward()
+    assert torch.equal(x.grad, y.grad)
 
 
 def test_gradients(prepared, device):
