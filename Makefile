@@ -23,13 +23,14 @@ DENSE := build/models/smollm2-dense/config.json
 GPTQ := build/models/smollm2-gptq/config.json
 AWQ := build/models/smollm2-awq/config.json
 TRITON := build/triton36/made.json
+ON_GPU := PYTHONPATH=.:converters:kernels $(PYTHON)
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint format unit engine peers peers-small bench docs soak sass sass-small clean machine-demo machine-test
+.PHONY: help demo test setup lint format unit engine peers peers-small bench docs soak sass sass-small bench-gpu test-gpu clean machine-demo machine-test
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX)"
 
 demo: machine-demo $(READY) ## a real model: quantize, convert, prove, serve with vLLM, ask a question
@@ -50,8 +51,8 @@ format: $(READY) ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-unit: $(READY) ## tests/: no engine, no network
-	$(BIN)/pytest tests -m "not engine and not slow" -n 2 --dist loadfile --durations=5
+unit: $(READY) ## tests/ and the GPU benchmark's own: no engine, no network, no GPU
+	$(BIN)/pytest tests integration/gpu -m "not engine and not slow and not gpu" -n 2 --dist loadfile --durations=5
 
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
 	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration tests -m "engine and not slow" --durations=15
@@ -71,6 +72,14 @@ sass-small: $(READY) $(TRITON)
 
 sass: $(READY) $(TRITON) ## machine code of all GPU kernels, for seven kinds of card: a table, limits
 	@PYTHONPATH=integration $(BIN)/python -m sass.gate
+
+# On a machine with a GPU, torch and Triton; no .venv, nothing is installed or downloaded.
+bench-gpu: ## GPU kernels beside cuBLAS and other libraries: correctness, then times; 9 minutes
+	@$(ON_GPU) -m integration.gpu.bench
+
+test-gpu: ## tests that need a GPU; with compute-sanitizer where it is installed
+	@QPLUG_REQUIRE_GPU=1 $(ON_GPU) -m pytest integration/gpu -m gpu --durations=10
+	@$(ON_GPU) -m pytest tests/kernels/gpu -n 8 -q
 
 bench: $(READY) $(GPTQ) $(AWQ) ## measure against cp, clone(), stock vLLM and dense; prints tables
 	@missed=0; for bench in integration/benchmarks/bench_*.py; do \

@@ -1,0 +1,25 @@
+"""What the tests of this folder share: without a GPU, tests that need one are skipped.
+
+With QPLUG_REQUIRE_GPU=1, as `make test-gpu` sets it, they fail instead.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Before anything imports Triton: its interpreter runs kernels where there is no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+REASON = "this machine has no CUDA device"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("QPLUG_REQUIRE_GPU") == "1":
+        pytest.fail(f"QPLUG_REQUIRE_GPU=1: {REASON}", pytrace=False)
+    pytest.skip(REASON)
