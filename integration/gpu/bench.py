@@ -162,7 +162,7 @@ def _check(
     begin: float,
 ) -> list[Checked]:
     """Compare everything with float64, in processes."""
-    forms = list(cases.named(options.forms))
+    forms = cases.named(options.forms)
     passed = ["--device", options.device, "--most", str(options.most)]
     passed += ["--tiny"] if options.tiny else []
     none = [

@@ -6,7 +6,7 @@ random codes, zeros and scales than by a model's, most of which are near the mid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -136,7 +136,7 @@ def plan(forms: Sequence[Form], linears: Sequence[Linear], most: int = max(ALL))
     ]
 
 
-def named(names: Sequence[str], forms: Sequence[Form] = FORMS) -> Iterator[Form]:
+def named(names: Sequence[str], forms: Sequence[Form] = FORMS) -> list[Form]:
     """Return forms by name.
 
     Raises
@@ -145,8 +145,7 @@ def named(names: Sequence[str], forms: Sequence[Form] = FORMS) -> Iterator[Form]
         If there is none of a name.
     """
     known = {form.name: form for form in forms}
-    for name in names:
-        yield known[name]
+    return [known[name] for name in names]
 
 
 def draw(form: Form, linear: Linear, device: torch.device | str, seed: int = 0) -> QuantizedWeight:

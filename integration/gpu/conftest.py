@@ -23,3 +23,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("QPLUG_REQUIRE_GPU") == "1":
         pytest.fail(f"QPLUG_REQUIRE_GPU=1: {REASON}", pytrace=False)
     pytest.skip(REASON)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Return the card."""
+    return torch.device("cuda", torch.cuda.current_device())

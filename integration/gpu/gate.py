@@ -226,7 +226,7 @@ def _how(code: int) -> str:
 def cases_of(options: argparse.Namespace) -> list[Group]:
     """Return the cases that options name."""
     linears = cases.TINY if options.tiny else cases.LLAMA_3_8B
-    return cases.plan(list(cases.named(options.forms)), linears, options.most)
+    return cases.plan(cases.named(options.forms), linears, options.most)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
