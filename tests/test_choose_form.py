@@ -141,12 +141,21 @@ def test_no_form(tmp_path: Path, qplug: Command) -> None:
     no = "no exact form that vLLM 0.33 takes (as it is: refused: the columns are in act order)"
     assert ran.errors == [f"error: {no}"]
     assert "Transformers with qplug: AutoModelForCausalLM.from_pretrained(" in ran.err
-    convert = f"qplug convert {GOLDEN / ORDERED} NEW --to awq --allow requantized"
-    assert f"vLLM with qplug: {convert}, then vllm serve NEW --quantization qplug-awq; " in ran.err
+    assert f"vLLM with qplug: vllm serve {GOLDEN / ORDERED} --quantization qplug-gptq; " in ran.err
     ran = qplug("convert", GOLDEN / ORDERED, target, "--for", "vllm", "--dry-run", "--json")
     assert ran.code == 3
     assert ran.json["refused"]["found"].startswith("no exact form that vLLM 0.33 takes")
     assert {form["answer"] for form in ran.json["for"]["forms"]} == {"refused"}
+
+
+def test_what_qplug_would_serve_in_another_form(tmp_path: Path, qplug: Command) -> None:
+    """No engine has layers for the canonical form; act order stays exact in others."""
+    canonical = tmp_path / "c"
+    assert qplug("convert", GOLDEN / ORDERED, canonical, "--to", "canonical").code == 0
+    ran = qplug("convert", canonical, tmp_path / "m", "--for", "vllm")
+    assert ran.code == 3
+    convert = f"qplug convert {canonical} NEW --to gptq_v2"
+    assert f"vLLM with qplug: {convert}, then vllm serve NEW --quantization qplug-gptq" in ran.err
 
 
 def test_what_qplug_would_serve(tmp_path: Path, qplug: Command) -> None:
@@ -161,11 +170,10 @@ def test_a_grid_that_no_form_holds(tmp_path: Path, qplug: Command) -> None:
     """NF4 has no exact uniform form; the reason of each format is printed."""
     ran = qplug("convert", GOLDEN / "bnb-nf4", tmp_path / "m", "--for", "vllm")
     assert ran.code == 3
-    way = f"qplug convert {GOLDEN / 'bnb-nf4'} NEW --to awq --allow requantized"
+    serve = f"vllm serve {GOLDEN / 'bnb-nf4'} --quantization qplug-bitsandbytes"
     load = f"AutoModelForCausalLM.from_pretrained('{GOLDEN / 'bnb-nf4'}')"
     assert ran.err.splitlines()[-1] == (
-        f"hint: vLLM with qplug: {way}, then vllm serve NEW --quantization qplug-awq; "
-        f"Transformers with qplug: {load}"
+        f"hint: vLLM with qplug: {serve}; Transformers with qplug: {load}"
     )
     for name in ("gptq", "awq", "compressed-tensors"):
         assert re.search(rf"^{name} .*REQUANTIZED: ", ran.out, re.MULTILINE)

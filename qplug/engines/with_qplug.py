@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from shlex import quote
 
-from qplug_converters.scheme import Scheme
-
-from ..vllm.served import METHODS, alike, refusal
+from ..vllm.served import METHODS, refusal
 from . import properties as has
-from .facts import FUSED, SIDE, Facts
+from .facts import SIDE, Facts
 from .rules import Engine, Outcome, Rule
 from .stock_transformers import FOUND, IN_OLD_KEY, load
 from .vllm_rules import AUTOROUND, BITSANDBYTES, OTHER_AWQ
@@ -17,24 +15,9 @@ OURS = "run, this version"
 
 
 def _refused(facts: Facts) -> str | None:
-    if facts.claim is not None:
-        # One linear of the size of its groups stands for all that the config does not name.
-        base = facts.claim.base
-        order = base.desc_act and base.group_size != -1
-        return refusal("", Scheme(1, 1, base.bits, 1, act_order=order))
     for module, scheme in facts.linears.items():
         if reason := refusal(module, scheme):
             return f"{module}: {reason}"
-    return None
-
-
-def _different(facts: Facts) -> str | None:
-    for module, scheme in facts.linears.items():
-        parent, dot, last = module.rpartition(".")
-        for parts in FUSED.values():
-            for other in (f"{parent}{dot}{part}" for part in parts if last == parts[0]):
-                if other in facts.linears and alike(facts.linears[other]) != alike(scheme):
-                    return f"{module} and {other} differ, and vLLM makes one layer of them"
     return None
 
 
@@ -75,12 +58,6 @@ _RULES = (
         outcome=Outcome.REFUSED,
         source=OURS,
     ),
-    Rule(
-        what="a fused layer (qkv, gate and up) whose parts differ",
-        met=_different,
-        outcome=Outcome.REFUSED,
-        source=OURS,
-    ),
     Rule(what="everything else", met=_served, outcome=Outcome.RUNS, source=OURS),
 )
 _WITH_NOTHING = Rule(
@@ -92,21 +69,11 @@ _WITH_NOTHING = Rule(
 _LOADED = (*FOUND, _WITH_NOTHING)
 _BY_BITS = (*FOUND[:2], _WITH_NOTHING)
 """bitsandbytes is known by `load_in_4bit` and `load_in_8bit` too."""
-_NOT_SERVED = (
-    Rule(
-        what="a format that the plugin does not serve",
-        met=lambda facts: "not served through qplug: convert it, e.g. --to awq or gptq_v2",
-        outcome=Outcome.REFUSED,
-        source=OURS,
-    ),
-)
-_NOT_EXACT = (
-    Rule(
-        what="bitsandbytes, which the plugin does not serve",
-        met=lambda facts: "not served through qplug: convert it, e.g. --to awq --allow requantized",
-        outcome=Outcome.REFUSED,
-        source=OURS,
-    ),
+_CANONICAL = Rule(
+    what="qplug's own form",
+    met=lambda facts: "a form that no engine has layers for; convert it",
+    outcome=Outcome.REFUSED,
+    source=OURS,
 )
 VLLM_QPLUG = Engine(
     key="vllm+qplug",
@@ -115,11 +82,7 @@ VLLM_QPLUG = Engine(
     last="0.33",
     stock=False,
     command=_serve,
-    rules=dict.fromkeys(METHODS, _RULES)
-    | dict.fromkeys(
-        (*OTHER_AWQ, *AUTOROUND, "compressed-tensors", "gptq_p", "canonical"), _NOT_SERVED
-    )
-    | dict.fromkeys(BITSANDBYTES, _NOT_EXACT),
+    rules=dict.fromkeys(METHODS, _RULES) | {"canonical": (_CANONICAL,)},
 )
 TRANSFORMERS_QPLUG = Engine(
     key="transformers+qplug",
@@ -132,13 +95,6 @@ TRANSFORMERS_QPLUG = Engine(
     | dict.fromkeys(BITSANDBYTES, _BY_BITS)
     | {
         "compressed-tensors": (*FOUND, IN_OLD_KEY, _WITH_NOTHING),
-        "canonical": (
-            Rule(
-                what="qplug's own form",
-                met=lambda facts: "a form that Transformers has no modules for; convert it",
-                outcome=Outcome.REFUSED,
-                source=OURS,
-            ),
-        ),
+        "canonical": (_CANONICAL,),
     },
 )

@@ -1,4 +1,4 @@
-"""The vLLM plugin: `--quantization qplug-awq` and `--quantization qplug-gptq`.
+"""The vLLM plugin: `--quantization qplug-awq`, `qplug-gptq` and the others of `served.METHODS`.
 
 vLLM loads the entry point `qplug` (group `vllm.general_plugins`) in every one of its processes
 and calls `register`. Nothing here may stop vLLM from serving other models, so nothing is imported

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,14 +22,25 @@ from qplug_converters import formats
 from qplug_converters.checkpoint import Checkpoint, open_checkpoint
 from qplug_converters.errors import QplugError, Unsupported, raise_all
 from qplug_converters.format import Format
-from qplug_converters.formats import awq, gptq, gptq_v2
-from qplug_converters.layout import Layout
+from qplug_converters.formats import (
+    autoround,
+    awq,
+    awq_gemv,
+    awq_gemv_fast,
+    bnb_4bit,
+    bnb_int8,
+    compressed_tensors,
+    gptq,
+    gptq_p,
+    gptq_v2,
+)
+from qplug_converters.layout import Holds, Layout, Part
 from qplug_converters.scheme import ModelScheme, Scheme
 from qplug_converters.survey import survey
 
 from . import compat
 from .compat import logger
-from .served import KV_SCALE, METHODS, alike, refusal
+from .served import KV_SCALE, METHODS, parameter_name, refusal
 
 _KV_NAMES = {
     r"\.self_attn\.([qkv])_proj\.output_scale$": r".self_attn.attn.\1_scale",
@@ -54,7 +64,7 @@ class QplugConfig(QuantizationConfig):
     """
 
     name: ClassVar[str]
-    quant_method: ClassVar[str]
+    quant_methods: ClassVar[tuple[str, ...]]
     formats: ClassVar[tuple[Format, ...]]
 
     _ignore_unexpected_suffixes = (
@@ -82,7 +92,7 @@ class QplugConfig(QuantizationConfig):
         if user_quant != cls.name:
             return None
         method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, Mapping) else None
-        return cls.name if str(method).lower() == cls.quant_method else None
+        return cls.name if str(method).lower() in cls.quant_methods else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QplugConfig:
@@ -192,8 +202,14 @@ class QplugConfig(QuantizationConfig):
         return None
 
     def layout(self, scheme: Scheme) -> Layout:
-        """Return the tensors to load; a `g_idx` in order says nothing and is left out."""
-        return self.format.layout(replace(scheme, has_g_idx=scheme.act_order))
+        """Return the tensors to load: those that say something."""
+        return Layout(tuple(part for part in self.format.layout(scheme) if self._tells(part)))
+
+    def _tells(self, part: Part) -> bool:
+        """Whether a part is to be loaded: no constant, and no `g_idx` where all are in order."""
+        if part.holds is Holds.G_IDX:
+            return any(scheme.act_order for _, scheme in self.linears.values())
+        return part.holds is not Holds.CONSTANT
 
     def shards(self, prefix: str) -> list[tuple[str, Scheme]]:
         """Return the quantized linears of the checkpoint that make up a layer, in its order.
@@ -212,7 +228,7 @@ class QplugConfig(QuantizationConfig):
             for name in names:
                 if name not in self.dense and self._has_sibling(name):
                     raise ValueError(
-                        f"qplug: {name}: found neither qweight nor weight, expected a linear "
+                        f"qplug: {name}: found no weight, quantized or not, expected a linear "
                         "like that of the other layers"
                     )
             return []
@@ -224,10 +240,10 @@ class QplugConfig(QuantizationConfig):
             )
         first, scheme = found[0]
         for module, other in found[1:]:
-            if alike(other) != alike(scheme):
+            if other.in_features != scheme.in_features:
                 raise ValueError(
-                    f"qplug: {prefix}: found {first} with {_stored(scheme)} and {module} with "
-                    f"{_stored(other)}, expected all shards of a fused layer alike"
+                    f"qplug: {prefix}: found {first} with {scheme.in_features} inputs and {module} "
+                    f"with {other.in_features}, expected all shards of a fused layer alike"
                 )
         return found
 
@@ -253,17 +269,21 @@ class QplugConfig(QuantizationConfig):
         return ours if compat.HAS_CHECKPOINT_MAPPER else ours | self.get_checkpoint_weight_mapper()
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """Return the tensors to drop: each `g_idx` (all in order, see `_refusals`)."""
-        return compat.mapped(suffix={".g_idx": None})
+        """Return the tensors to drop, which say nothing, and those that no layer can call so."""
+        schemes = [scheme for _, scheme in self.linears.values()]
+        parts = {part.name: part for s in schemes for part in self.format.layout(s)}
+        names = {
+            name: parameter_name(name) if self._tells(part) else None
+            for name, part in parts.items()
+        }
+        return compat.mapped(
+            suffix={f".{a}": b if b is None else f".{b}" for a, b in names.items() if a != b}
+        )
 
 
 def _pattern(module: str) -> str:
     """Return a name without the numbers of its layers."""
     return re.sub(r"\d+", "#", module)
-
-
-def _stored(scheme: Scheme) -> str:
-    return f"{scheme.describe()} {scheme.scale_dtype}"
 
 
 def sentence(error: QplugError) -> str:
@@ -315,30 +335,60 @@ def _refusals(model: ModelScheme, known: Format, checkpoint: Checkpoint) -> list
         module: {part.name for part in known.layout(scheme)}
         for module, scheme in model.linears.items()
     }
-    stored = {name for names in parts.values() for name in names}
+    stored = {name for names in parts.values() for name in names} - {"weight"}
     for tensor, spec in checkpoint.headers.items():
         module, _, name = tensor.rpartition(".")
         if module in parts and name not in (*parts[module], "bias") and not KV_SCALE.match(name):
             problems.append(QplugError(str(spec), tensor, "no such tensor in a quantized linear"))
         elif name in stored and module not in parts:
-            problems.append(QplugError(str(spec), tensor, "a qweight beside it"))
+            problems.append(QplugError(str(spec), tensor, "the codes of a linear beside it"))
     return problems
 
 
 class AWQConfig(QplugConfig):
-    """`--quantization qplug-awq`."""
+    """`--quantization qplug-awq`: every layout that `version` names."""
 
     name = METHODS["awq"]
-    quant_method = "awq"
-    formats = (awq.FORMAT,)
+    quant_methods = ("awq",)
+    formats = (awq_gemv.FORMAT, awq_gemv_fast.FORMAT, awq_gemv_fast.LLM_AWQ, awq.FORMAT)
 
 
 class GPTQConfig(QplugConfig):
-    """`--quantization qplug-gptq`: `checkpoint_format` gptq or gptq_v2, 4 bits."""
+    """`--quantization qplug-gptq`: `checkpoint_format` gptq, gptq_v2 or gptq_p."""
 
     name = METHODS["gptq"]
-    quant_method = "gptq"
-    formats = (gptq_v2.FORMAT, gptq.FORMAT)
+    quant_methods = ("gptq",)
+    formats = (gptq_v2.FORMAT, gptq_p.FORMAT, gptq.FORMAT)
 
 
-CONFIGS: tuple[type[QplugConfig], ...] = (AWQConfig, GPTQConfig)
+class AutoRoundConfig(QplugConfig):
+    """`--quantization qplug-auto-round`: the three packings for weights alone."""
+
+    name = METHODS["autoround"]
+    quant_methods = autoround.METHODS
+    formats = (autoround.FORMAT, autoround.AWQ, autoround.GPTQ)
+
+
+class BitsAndBytesConfig(QplugConfig):
+    """`--quantization qplug-bitsandbytes`: NF4, FP4, and LLM.int8 as weights alone."""
+
+    name = METHODS["bnb-nf4"]
+    quant_methods = ("bitsandbytes",)
+    formats = (bnb_4bit.FP4, bnb_int8.FORMAT, bnb_4bit.NF4)
+
+
+class CompressedTensorsConfig(QplugConfig):
+    """`--quantization qplug-compressed-tensors`: pack-quantized."""
+
+    name = METHODS["compressed-tensors"]
+    quant_methods = ("compressed-tensors",)
+    formats = (compressed_tensors.FORMAT,)
+
+
+CONFIGS: tuple[type[QplugConfig], ...] = (
+    AWQConfig,
+    GPTQConfig,
+    AutoRoundConfig,
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+)

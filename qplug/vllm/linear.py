@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import (
-    LinearMethodBase,
-    UnquantizedLinearMethod,
-    register_weight_loader_v2_supported_method,
-)
-from vllm.model_executor.parameter import (
-    BasevLLMParameter,
-    GroupQuantScaleParameter,
-    PackedvLLMParameter,
-)
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.utils import set_weight_attrs
 
 from qplug_converters.codec import TORCH_DTYPES, decode
 from qplug_converters.errors import QplugError
-from qplug_converters.layout import Layout, Part
+from qplug_converters.layout import Layout
 from qplug_converters.scheme import Scheme
-from qplug_converters.weight import AffineGrid, QuantizedWeight
+from qplug_converters.weight import QuantizedWeight
 from qplug_kernels.linear import apply_linear, prepare
 
 from . import compat
 from .config import sentence
+from .served import parameter_name
+from .stacking import stacked
 
-SENTINEL = 0x5EA1ED42
-"""Fills integer parameters until they are loaded; a whole shard of it is no trained weight."""
+_PLACES = {"q": 0, "k": 1, "v": 2, None: 0}
+"""Where in a fused layer vLLM says that a tensor belongs; other layers count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +36,12 @@ class Shard:
     layout: Layout
 
 
-# Only methods in vLLM's list of names get the loader that slices by the parameters' axes.
-@register_weight_loader_v2_supported_method
 class QplugLinearMethod(LinearMethodBase):
     """One layer: its storage in the checkpoint, and the linears that it fuses.
+
+    vLLM's own parameters cut and join tensors along their axes, which bitsandbytes' do not have.
+    Those here are names to load under: each part of each linear is kept as the file has it, until
+    all are there and are decoded.
 
     Parameters
     ----------
@@ -56,8 +51,8 @@ class QplugLinearMethod(LinearMethodBase):
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = tuple(shards)
-        self.layout = self.shards[0].layout
-        """Names and shapes of the parts, which all shards share (`QplugConfig.shards`)."""
+        self.stored: list[dict[str, Tensor]] = [{} for _ in shards]
+        """What has been loaded of each linear, by part."""
         self.unquantized = UnquantizedLinearMethod()
 
     def create_weights(
@@ -70,7 +65,7 @@ class QplugLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register one parameter for each part; the layout says its shape, dtype and axes."""
+        """Register an empty parameter for each part, which takes what is loaded under its name."""
         first = self.shards[0].scheme
         rows = sum(shard.scheme.out_features for shard in self.shards)
         if (rows, first.in_features) != (sum(output_partition_sizes), input_size_per_partition):
@@ -79,48 +74,79 @@ class QplugLinearMethod(LinearMethodBase):
                 f"expected {sum(output_partition_sizes)} x {input_size_per_partition}, as "
                 "config.json says"
             )
-        loader = extra_weight_attrs.pop("weight_loader")
-        sizes = {**first.sizes, "out": rows}
-        for part in self.layout:
-            parameter = _parameter(part, sizes, loader)
-            set_weight_attrs(parameter, extra_weight_attrs)
-            layer.register_parameter(part.name, parameter)
+        parts = {part.name: part for shard in self.shards for part in shard.layout}
+        for name, part in parts.items():
+            empty = torch.empty(0, dtype=TORCH_DTYPES[part.dtype])
+            parameter = torch.nn.Parameter(empty, requires_grad=False)
+            set_weight_attrs(parameter, {"weight_loader": self._loader(name)})
+            layer.register_parameter(parameter_name(name), parameter)
         layer.qplug_dtype = params_dtype
+
+    def _loader(self, part: str) -> Any:
+        """Return what vLLM calls with each tensor for a part."""
+
+        def load(parameter: Tensor, loaded_weight: Tensor, shard_id: Any = None) -> None:
+            place = _PLACES.get(shard_id, shard_id)
+            shard = self.shards[place]
+            spec = shard.layout.specs(shard.scheme.sizes)[part]
+            dtype = TORCH_DTYPES[spec.dtype]
+            if loaded_weight.dtype is not dtype or tuple(loaded_weight.shape) != spec.shape:
+                raise ValueError(
+                    f"qplug: {shard.module}.{part}: found {loaded_weight.dtype} "
+                    f"{list(loaded_weight.shape)}, expected {spec}"
+                )
+            # A copy: some loaders of vLLM reuse the memory of what they hand out.
+            kept = torch.empty_like(loaded_weight, device=parameter.device)
+            self.stored[place][part] = kept.copy_(loaded_weight)
+
+        return load
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Decode what was loaded and hand it to a kernel, or to vLLM if it ends up dense.
 
         The parts are dropped.
         """
-        parts = {part.name: getattr(layer, part.name).data for part in self.layout}
-        check = not compat.load_is_dummy()
-        weights, start = [], 0
-        for shard in self.shards:
-            stop = start + shard.scheme.out_features
-            stored = {p.name: _rows(p, parts[p.name], start, stop) for p in shard.layout}
-            if check:
-                _refuse_missing(shard.module, stored)
-            try:
-                weights.append(decode(shard.layout, shard.scheme, stored))
-            except QplugError as error:
-                error.where = f"{shard.module}.{error.where}"
-                raise ValueError(sentence(error)) from None
-            start = stop
-        device = parts[self.layout.parts[0].name].device
-        for name in parts:
+        names = {parameter_name(part.name) for shard in self.shards for part in shard.layout}
+        device = getattr(layer, next(iter(names))).device
+        weights = [self._decoded(place, device) for place in range(len(self.shards))]
+        self.stored = [{} for _ in self.shards]
+        for name in names:
             delattr(layer, name)
-        del parts
         compat.log_like_vllm()
-        prepared = prepare(_stacked(weights), layer.qplug_dtype, device)
-        dense = prepared.dense_weight
-        layer.qplug = prepared if dense is None else None
+        prepared = [prepare(weight, layer.qplug_dtype, device) for weight in stacked(weights)]
+        dense = [one.dense_weight for one in prepared]
+        whole = [weight for weight in dense if weight is not None]
         # LoRA finds the device of a layer by a tensor of either name.
-        if dense is not None:
-            layer.weight = torch.nn.Parameter(dense, requires_grad=False)  # docs/adr/0005
+        if len(whole) == len(dense):
+            layer.qplug = None
+            weight = whole[0] if len(whole) == 1 else torch.cat(whole)
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)  # docs/adr/0005
             self.unquantized.process_weights_after_loading(layer)
         else:
-            operand = next(iter(prepared.tensors.values()))
+            layer.qplug = tuple(prepared)
+            operand = next(iter(prepared[0].tensors.values()))
             layer.qweight = torch.nn.Parameter(operand, requires_grad=False)  # shares its memory
+
+    def _decoded(self, place: int, device: torch.device) -> QuantizedWeight:
+        """Return one linear; refuse one that lacks a part: vLLM does not check that they arrive."""
+        shard, stored = self.shards[place], self.stored[place]
+        specs = shard.layout.specs(shard.scheme.sizes)
+        if compat.load_is_dummy():
+            stored = {
+                name: torch.zeros(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
+                for name, spec in specs.items()
+            }
+        lost = [name for name in specs if name not in stored]
+        if lost:
+            raise ValueError(
+                f"qplug: {shard.module}.{lost[0]}: not loaded, although the checkpoint's headers "
+                "have it"
+            )
+        try:
+            return decode(shard.layout, shard.scheme, stored)
+        except QplugError as error:
+            error.where = f"{shard.module}.{error.where}"
+            raise ValueError(sentence(error)) from None
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply: a dense weight as vLLM does, any other inside one custom op.
@@ -130,54 +156,7 @@ class QplugLinearMethod(LinearMethodBase):
         if layer.qplug is None:
             result: Tensor = self.unquantized.apply(layer, x, bias)
             return result
-        return apply_linear(x, layer.qplug, bias)
-
-
-def _parameter(part: Part, sizes: dict[str, int], loader: Callable[..., Any]) -> BasevLLMParameter:
-    """Return the vLLM parameter of a part, filled with a sentinel."""
-    spec = part.spec(sizes)
-    dtype = TORCH_DTYPES[spec.dtype]
-    empty = float("nan") if dtype.is_floating_point else SENTINEL
-    along = part.axis("inp") if part.axis("inp") is not None else part.axis("group")
-    axes = {"input_dim": along, "output_dim": part.axis("out"), "weight_loader": loader}
-    data = torch.full(spec.shape, empty, dtype=dtype)
-    if part.packing is None:
-        return GroupQuantScaleParameter(data=data, **axes)
-    factor = part.packing.factor
-    return PackedvLLMParameter(
-        data=data,
-        packed_dim=part.packed_axis,
-        packed_factor=int(factor) if factor.denominator == 1 else factor,
-        **axes,
-    )
-
-
-def _rows(part: Part, stored: Tensor, start: int, stop: int) -> Tensor:
-    """Return the stored tensor of output rows `start` to `stop`, whole words of them."""
-    axis = part.axis("out")
-    assert axis is not None
-    if part.packing is not None and part.packed_axis == axis:
-        start, stop = part.packing.words(start), part.packing.words(stop)
-    return stored.narrow(axis, start, stop - start)
-
-
-def _refuse_missing(module: str, stored: dict[str, Tensor]) -> None:
-    """Refuse a shard that is still the sentinel: vLLM does not check that tensors arrived."""
-    for name, tensor in stored.items():
-        lost = tensor.isnan() if tensor.is_floating_point() else tensor == SENTINEL
-        if bool(lost.all()):
-            raise ValueError(
-                f"qplug: {module}.{name}: not loaded, although the checkpoint's headers have it"
-            )
-
-
-def _stacked(weights: list[QuantizedWeight]) -> QuantizedWeight:
-    """Return the linears of a fused layer as one, row upon row."""
-    if len(weights) == 1:
-        return weights[0]
-    grid = AffineGrid(
-        torch.cat([weight.affine.scales for weight in weights]),
-        torch.cat([weight.affine.zeros for weight in weights]),
-        weights[0].affine.group_size,
-    )
-    return QuantizedWeight(torch.cat([w.codes for w in weights]), weights[0].bits, grid)
+        if len(layer.qplug) == 1:
+            return apply_linear(x, layer.qplug[0], bias)
+        found = torch.cat([apply_linear(x, one) for one in layer.qplug], -1)
+        return found if bias is None else found + bias

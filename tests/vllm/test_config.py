@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from qplug.vllm import compat, kv
-from qplug.vllm.config import AWQConfig, GPTQConfig, QplugConfig
+from qplug.vllm.config import CONFIGS, AWQConfig, GPTQConfig, QplugConfig
+from qplug.vllm.served import METHODS
 
 LAYER = "model.layers.{}.{}"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -126,15 +127,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"block": GPTQ | {"group_size": 64}},
         r"the config says 4 bits, group_size 64; the tensors must agree",
     ),
-    "act order": ({"edit": replaced(f"{Q}.g_idx", SHUFFLED)}, r"act order .* is not served yet"),
-    "8 bits": (
-        {"block": GPTQ | {"bits": 8}, "modules": {Q: linear("gptq", bits=8)}},
-        "8-bit linears are not served yet, only 4-bit ones",
-    ),
-    "3 bits": (
-        {"block": GPTQ | {"bits": 3}, "modules": {Q: linear("gptq", bits=3)}},
-        "3-bit linears are not served yet",
-    ),
     "experts": (
         {"modules": {LAYER.format(0, "mlp.experts.3.w1"): linear("gptq")}},
         r"quantized experts \(MoE\) are not served yet",
@@ -155,7 +147,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         r"_proj\.qzeros: found the zeros of a symmetric v1 file, expected those of .*'gptq_v2'",
     ),
-    "planar": ({"block": GPTQ | {"checkpoint_format": "gptq_p"}}, "gptq_p"),
+    "tiles": (
+        {"block": GPTQ | {"checkpoint_format": "marlin"}},
+        "checkpoint_format: found 'marlin'",
+    ),
     "numbers as strings": ({"block": GPTQ | {"bits": "4"}}, "bits: found '4'"),
     "gemv": ({"block": AWQ | {"version": "gemv"}}, "version: found 'gemv'"),
 }
@@ -227,12 +222,26 @@ def test_shards_that_disagree(tmp_path: Path) -> None:
         config.shards(prefix)
 
 
-def test_shards_of_several_group_sizes(tmp_path: Path) -> None:
-    block = GPTQ | {"dynamic": {r"+:.*k_proj": {"group_size": 64}}}
-    modules = {m: linear("gptq", group=64 if "k_proj" in m else 32) for m in QKV}
+def test_shards_may_differ_but_for_their_inputs(tmp_path: Path) -> None:
+    block = GPTQ | {"dynamic": {r"+:.*k_proj": {"group_size": 64, "bits": 8}}}
+    modules = {
+        m: linear("gptq", group=64, bits=8) if "k_proj" in m else linear("gptq") for m in QKV
+    }
     config = read(tmp_path, block, modules)
-    with pytest.raises(ValueError, match=r"asym g32 F16 and .*k_proj with .*channel F16"):
+    shards = config.shards(LAYER.format(0, "self_attn.qkv_proj"))
+    assert [(scheme.bits, scheme.group_size) for _, scheme in shards] == [(4, 32), (8, 64), (4, 32)]
+    wide = {m: linear("gptq", inp=128 if "k_proj" in m else 64) for m in QKV}
+    config = read(tmp_path, GPTQ, wide)
+    with pytest.raises(ValueError, match=r"q_proj with 64 inputs and .*k_proj with 128"):
         config.shards(LAYER.format(0, "self_attn.qkv_proj"))
+
+
+def test_act_order_is_loaded_where_there_is_any(tmp_path: Path) -> None:
+    config = read(tmp_path, edit=replaced(f"{Q}.g_idx", SHUFFLED))
+    for _, scheme in config.shards(LAYER.format(0, "self_attn.qkv_proj")):
+        assert "g_idx" in [part.name for part in config.layout(scheme)]
+    name = f"{Q}.g_idx"
+    assert config.get_checkpoint_weight_mapper().apply_list([name]) == [name]
 
 
 def test_names_match_as_whole_components(tmp_path: Path) -> None:
@@ -242,7 +251,7 @@ def test_names_match_as_whole_components(tmp_path: Path) -> None:
     config = read(tmp_path, modules={n: linear("gptq") for n in names} | weight)
     assert config.shards(dense) == []
     assert [m for m, _ in config.shards(names[1])] == [names[1]]
-    with pytest.raises(ValueError, match="found neither qweight nor weight"):
+    with pytest.raises(ValueError, match="found no weight, quantized or not"):
         config.shards(LAYER.format(2, "mlp.down_proj"))
     assert config.shards("visual.blocks.0.proj") == []
 
@@ -256,8 +265,8 @@ def test_modules_are_renamed_with_the_model(tmp_path: Path) -> None:
     assert [m for m, _ in config.shards(prefix)] == QKV[:3]
 
 
-def test_tensor_names() -> None:
-    config = GPTQConfig.from_config(GPTQ)
+def test_tensor_names(tmp_path: Path) -> None:
+    config = read(tmp_path)
     scales, tensors = config.get_cache_scale_mapper(), config.get_checkpoint_weight_mapper()
     attention = "model.layers.0.self_attn"
     for name in ("k_proj.output_scale", "k_proj.k_scale", "k_scale", "attn.k_scale", "kv_scale"):
@@ -301,9 +310,80 @@ def test_tensor_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         config.get_quant_method(layer, LAYER.format(0, "self_attn.qkv_proj"))
 
 
-def test_the_loader_that_slices_by_axes_is_used() -> None:
-    from vllm.model_executor.layers.linear import WEIGHT_LOADER_V2_SUPPORTED
+GOLDEN = Path(__file__).parents[1] / "golden"
+FORMATS = {
+    "autoround-awq-asym-g128": "autoround_awq",
+    "autoround-gptq-sym-g128": "autoround_gptq",
+    "autoround-native-2b-asym-g32": "autoround",
+    "awq-gemv-g64": "awq_gemv",
+    "awq-gemv_fast-g64": "awq_gemv_fast",
+    "bnb-fp4": "bnb-fp4",
+    "bnb-int8": "bnb-int8",
+    "bnb-nf4-dq": "bnb-nf4",
+    "ct-int3-asym-g128-fields": "compressed-tensors",
+    "ct-int4-asym-g64-gidx": "compressed-tensors",
+    "gptq-4b-sym-g64-actorder": "gptq",
+    "gptq-8b-sym-g128": "gptq",
+    "gptq_p-3b-sym-g128": "gptq_p",
+}
 
-    from qplug.vllm.linear import QplugLinearMethod
 
-    assert WEIGHT_LOADER_V2_SUPPORTED.count(QplugLinearMethod.__name__) == 1
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_layer_from_a_file_of_the_tool(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor under the name vLLM gives it, into the fused layer; the product at the end."""
+    from qplug.vllm import linear as door
+
+    monkeypatch.setattr(compat, "load_is_dummy", lambda: False)
+    block = json.loads((GOLDEN / name / "config.json").read_text())["quantization_config"]
+    method = METHODS[FORMATS[name]]
+    [made] = [
+        c for c in CONFIGS if c.override_quantization_method(block, method) == c.name == method
+    ]
+    config = made.from_config(block)
+    config.maybe_update_config(str(GOLDEN / name))
+    config.packed_modules_mapping = FUSED
+    assert config.format.name == FORMATS[name]
+    prefix = "model.layers.0.self_attn.qkv_proj"
+    shards = [door.Shard(m, s, config.layout(s)) for m, s in config.shards(prefix)]
+    layer = torch.nn.Module()
+    sizes = [shard.scheme.out_features for shard in shards]
+    found = door.QplugLinearMethod(shards)
+    inp = shards[0].scheme.in_features
+    found.create_weights(layer, inp, sizes, inp, sum(sizes), torch.float32)
+    mapper = config.get_checkpoint_weight_mapper()
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    for tensor, value in tensors.items():
+        module, place = next(
+            ((s.module, n) for n, s in enumerate(shards) if tensor.startswith(f"{s.module}.")),
+            ("", 0),
+        )
+        for renamed in mapper.apply_list([tensor]) if module else ():
+            parameter = getattr(layer, renamed.removeprefix(f"{module}."))
+            parameter.weight_loader(parameter, value, "qkv"[place])
+    found.unquantized = SimpleNamespace(
+        process_weights_after_loading=lambda layer: None,
+        apply=lambda layer, x, bias: torch.nn.functional.linear(x, layer.weight, bias),
+    )
+    found.process_weights_after_loading(layer)
+    reference = load_file(GOLDEN / name / "reference.safetensors")
+    weight = torch.cat([reference[f"{shard.module}.weight"] for shard in shards])
+    assert torch.equal(layer.weight, weight)
+    x = torch.randn(3, inp)
+    assert torch.equal(found.apply(layer, x), torch.nn.functional.linear(x, weight))
+
+
+def test_a_tensor_of_another_shape_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from qplug.vllm import linear as door
+
+    monkeypatch.setattr(compat, "load_is_dummy", lambda: False)
+    config = read(tmp_path)
+    shards = [door.Shard(m, s, config.layout(s)) for m, s in config.shards(QKV[0])]
+    layer, found = torch.nn.Module(), door.QplugLinearMethod(shards)
+    found.create_weights(layer, 64, [32], 64, 32, torch.float32)
+    load = layer.qweight.weight_loader
+    for wrong in (torch.zeros(8, 31, dtype=torch.int32), torch.zeros(8, 32, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=rf"{Q}\.qweight: found .*, expected I32\[8, 32\]"):
+            load(layer.qweight, wrong)
+    load(layer.qweight, torch.zeros(8, 32, dtype=torch.int32))
+    with pytest.raises(ValueError, match=rf"{Q}\.qzeros: not loaded, although"):
+        found.process_weights_after_loading(layer)
