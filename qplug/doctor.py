@@ -90,7 +90,10 @@ def _vllm(problems: list[str], say: Callable[[str], None] | None) -> str:
     if failure := registering():
         problems.append(f"registration with vLLM failed: {failure}")
         return f"{engine}, plugin failed"
-    return f"{engine}, plugin registered (--quantization qplug-awq, qplug-gptq)"
+    from .vllm.served import METHODS
+
+    names = ", ".join(dict.fromkeys(METHODS.values()))
+    return f"{engine}, plugin registered (--quantization {names})"
 
 
 def registering() -> str:

@@ -157,7 +157,7 @@ def test_inspect_of_configs_as_json(tmp_path: Path, qplug: Command) -> None:
     assert (found["format"], found["bits"], found["sym"]) == ("gptq", 3, True)
     outcomes = {one["engine"]: one["outcome"] for one in found["engines"]}
     assert outcomes["transformers"] == "silently wrong"
-    assert outcomes["vllm+qplug"] == "refused"
+    assert outcomes["vllm+qplug"] == "runs"
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"quantization_config": {**block, "quant_method": "gptq"}}))
     found = qplug("inspect", "--config", config, "--config", side, "--json").json

@@ -333,7 +333,7 @@ def _grid(scheme: Scheme, found: Mapping[Holds, Tensor], first_row: int) -> Grid
     g_idx = found.get(Holds.G_IDX) if scheme.act_order else None
     zeros = found.get(Holds.ZEROS)
     if zeros is None:
-        zeros = implied(Holds.ZEROS, scheme)
+        zeros = implied(Holds.ZEROS, scheme).to(scales.device)
     return AffineGrid(scales, zeros, scheme.group_size, g_idx)
 
 
