@@ -6,7 +6,7 @@ here; its place is its preference.
 """
 
 from . import cpu_int4, cpu_int4_wna16, dense, reference
-from .gpu import affine, codebook, rows
+from .gpu import affine, codebook, cuda_cores, rows
 from .linear import Prepared, apply_linear, prepare
 from .problem import Choice, Kernel, Problem, choose
 
@@ -14,6 +14,7 @@ KERNELS: tuple[Kernel, ...] = (
     cpu_int4_wna16.KERNEL,
     cpu_int4.KERNEL,
     affine.KERNEL,
+    cuda_cores.KERNEL,
     codebook.KERNEL,
     rows.KERNEL,
     dense.KERNEL,

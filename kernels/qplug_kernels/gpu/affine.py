@@ -123,7 +123,7 @@ def _shift(form: Form) -> int:
 
 
 @cache
-def _constants(form: Form, ptx: bool, interpreted: bool) -> dict[str, Any]:
+def constants(form: Form, ptx: bool, interpreted: bool) -> dict[str, Any]:
     """Return the compile-time numbers of a layout."""
     groups = form.groups_of_tile
     each = form.planes // groups
@@ -201,7 +201,7 @@ def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: C
     affine_kernel[many_n, splits, blocks](
         x, words, scales, words if order is None else order, y if bias is None else bias, y,
         space.partial, space.count, tokens, form.out_features, width, x.stride(0), many_k, splits,
-        **_constants(form, config.ptx, interpreted),
+        **constants(form, config.ptx, interpreted),
         BM=config.tokens, SPLIT=splits > 1, BIAS=bias is not None, GATHER=order is not None,
         JOINED=config.joined, STAGES=config.stages,
         num_warps=config.warps, num_stages=config.stages,

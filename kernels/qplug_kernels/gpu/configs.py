@@ -116,8 +116,8 @@ def choose(form: Tiled, tokens: int, device: torch.device) -> Config:
     return rule(form, tokens, card(device))
 
 
-def cannot(problem: Problem) -> str | None:
-    """Say why no Triton kernel of tensor cores runs on a machine."""
+def cannot_triton(problem: Problem) -> str | None:
+    """Say why no Triton kernel runs on a machine."""
     if problem.device != "cuda":
         return "it runs on a GPU"
     if problem.triton_version == (0, 0):
@@ -125,6 +125,14 @@ def cannot(problem: Problem) -> str | None:
     if problem.triton_version < OLDEST:
         found, oldest = (".".join(map(str, v)) for v in (problem.triton_version, OLDEST))
         return f"Triton is {found}, and its products of 8 columns came with {oldest}"
+    return None
+
+
+def cannot(problem: Problem) -> str | None:
+    """Say why no Triton kernel of tensor cores runs on a machine."""
+    reason = cannot_triton(problem)
+    if reason is not None:
+        return reason
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"activations are {problem.dtype_name}, and tensor cores take float16 and bfloat16"
     if problem.arch.startswith("sm_") and int(problem.arch[3:]) < 80:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..kv import CODES, check
-from .compat import interpreted, jit, jit_for_any, tl
+from .compat import jit, jit_for_any, tl
 from .configs import card
 
 TILE = 1024
@@ -234,7 +234,7 @@ def scatter(
     tile_heads = constexprs["TILE_HEADS"]
     tile = tile_heads * max(constexprs["TILE_KEY"], constexprs["TILE_VALUE"])
     grid = (slot_mapping.shape[0], -(-heads // tile_heads))
-    with torch.cuda.device(-1 if interpreted() else key.device.index):
+    with torch.cuda.device_of(key):
         kv_kernel[grid](
             key, value, key_cache.view(torch.uint8), value_cache.view(torch.uint8),
             k_scales, v_scales, slot_mapping, key_cache.shape[0] * block_size,
