@@ -33,6 +33,7 @@ from ..problem import Kernel, Problem
 from . import asm, compat, configs, loop, planes, workspace
 from .compat import jit_for_any, tl
 from .configs import Config
+from .gather import gather
 from .planes import Form
 
 FEW = 64
@@ -187,10 +188,12 @@ def multiply_many(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, fo
 
 
 def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: Config) -> Tensor:
-    """Multiply `x [M, K]` with one launch, whatever M."""
+    """Multiply `x [M, K]` with one launch, and one that gathers, whatever M."""
     form = Form.of(operands)
-    words, scales = operands[:2]
-    order = operands[3] if len(operands) == 4 else None
+    words, scales, _, *ordered = operands
+    order = ordered[0] if ordered else None
+    if order is not None and not config.gathers:
+        x, order = gather(x, order), None
     x = planes.aligned(x)
     (tokens, width), (many_n, many_k) = x.shape, form.tiles
     interpreted = compat.interpreted()

@@ -205,12 +205,19 @@ def twin_plane(
             code = (word >> (3 * (PLANE % 5))) & 7
     else:
         code = (w0 >> (BITS * PLANE)) & ((1 << BITS) - 1)
-    if DTYPE == tl.bfloat16 and BITS == 8:
-        value = code.to(tl.float32) - z.to(tl.float32)
-        return value if WIDE else value.to(DTYPE)
+    if DTYPE == tl.bfloat16:
+        # Few cards have arithmetic of bfloat16: 2^23 + code - (2^23 + zero) in float32, whose upper
+        # half is the difference, since it has no more than eight bits.
+        magic: tl.constexpr = 0 if BITS == 8 else 128
+        above = z.to(tl.float32) + (8388608.0 - magic)
+        value = (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - above
+        if WIDE:
+            return value
+        else:
+            half = (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+            return half.to(tl.bfloat16, bitcast=True)
     else:
-        magic: tl.constexpr = 0x4300 if DTYPE == tl.bfloat16 else 0x6400
-        return as_float(code | magic, DTYPE, WIDE) - z
+        return as_float(code | 0x6400, DTYPE, WIDE) - z
 
 
 @jit

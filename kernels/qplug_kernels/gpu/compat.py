@@ -57,8 +57,11 @@ def joins(arch: str, tokens: int, version: tuple[int, int] = VERSION) -> bool:
     """Whether planes are joined before the product: which of two sources compiles well.
 
     Joined planes cost mma.sync its ldmatrix of the activations up to Triton 3.7; planes one by one
-    wait for each wgmma (sm_90, sm_100), and Triton 3.8 sends every second output of inline assembly
-    through shared memory. Instructions per weight of either in docs/adr/0008.
+    wait for each wgmma of sm_90 and product of sm_100 (where of 64 tokens both are stored to shared
+    memory), and Triton 3.8 sends every second output of inline assembly through shared memory.
+    Instructions per weight of either: docs/adr/0010.
     """
-    wide = arch.startswith(("sm_90", "sm_10")) and tokens >= 16
+    wide = (arch.startswith("sm_90") and tokens >= 16) or (
+        arch.startswith("sm_10") and 16 <= tokens <= 32
+    )
     return version >= (3, 8) or wide

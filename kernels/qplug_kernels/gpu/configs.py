@@ -35,6 +35,8 @@ class Config:
         Whether planes are joined before the product.
     ptx
         Whether codes are decoded by inline assembly of PTX.
+    gathers
+        Whether activations of a linear in act order are gathered in the loop, not before.
     """
 
     tokens: int
@@ -43,6 +45,7 @@ class Config:
     stages: int = 3
     joined: bool = False
     ptx: bool = False
+    gathers: bool = False
 
     def splits_within(self, form: Tiled, blocks: int, floats: int, counters: int) -> int:
         """Return the splits for `blocks` of tokens that a workspace holds; none without tiles."""
@@ -89,9 +92,15 @@ def shared_bytes(form: Tiled, tokens: int, stages: int) -> int:
 
 
 def rule(form: Tiled, tokens: int, card: Card) -> Config:
-    """Return the configuration of a layout for a number of tokens."""
-    few = next((few for few in (8, 16, 32) if tokens <= few), 64)
-    while few > 8 and shared_bytes(form, few, 2) > card.shared:
+    """Return the configuration of a layout for a number of tokens.
+
+    Products of 8 columns are worth it where activations are loaded 8 bytes at a time at least, and
+    do not exist on AMD's cards.
+    """
+    ptx = card.arch.startswith("sm_")
+    fewest = 8 if ptx and form.rows > 16 else 16
+    few = next((few for few in (8, 16, 32) if max(tokens, fewest) <= few), 64)
+    while few > fewest and shared_bytes(form, few, 2) > card.shared:
         few //= 2
     stages = 4 if form.rows * form.words <= 32 else 3
     while stages > 2 and shared_bytes(form, few, stages) > card.shared:
@@ -106,7 +115,8 @@ def rule(form: Tiled, tokens: int, card: Card) -> Config:
         warps=8 if few == 64 else 4,
         stages=stages,
         joined=joins(card.arch, few),
-        ptx=card.arch.startswith("sm_"),
+        ptx=ptx,
+        gathers=few == 8,
     )
 
 

@@ -110,7 +110,9 @@ def test_odd_sizes(tokens, n, k, splits, width, bias, prepared):
 def test_act_order(bits, k, group_size, dtype, joined, prepared):
     weight, one = prepared(72, k, group_size, dtype, bits=bits, act_order=True)
     assert "order" in one.tensors
-    check(weight, one, 3, Config(8, 2, joined=joined, ptx=one.tensors["words"].is_cuda))
+    ptx = one.tensors["words"].is_cuda
+    for gathers in (False, True):
+        check(weight, one, 3, Config(8, 2, joined=joined, ptx=ptx, gathers=gathers))
 
 
 @pytest.mark.parametrize("dtype", BOUND)
