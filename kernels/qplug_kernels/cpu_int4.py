@@ -12,7 +12,8 @@
     result      [M, N]                bfloat16  x @ w.T + bias
 
 w = (code - 8) * s + (8 - zero) * s out of `pack`, w = code * s - zero * s out of `rows`; both are
-(code - zero) * scale. 1 + 4/g + 4/b bytes per weight: 1.25 for groups of 32, 1.06 for 128.
+(code - zero) * scale. An offset of the file takes the place of -zero * scale, exactly.
+1 + 4/g + 4/b bytes per weight: 1.25 for groups of 32, 1.06 for 128.
 
 `_weight_int4pack_mm_for_cpu` never uses the matrix unit, so its time is proportional to M; decoding
 `rows` costs the same for every M, then multiplies as the dense layer does. One Xeon core with
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor
 
 from qplug_converters.scheme import Kind
-from qplug_converters.weight import QuantizedWeight
+from qplug_converters.weight import OffsetGrid, QuantizedWeight
 
 from .problem import Kernel, Problem
 
@@ -67,7 +68,7 @@ def cannot_pack(problem: Problem) -> str | None:
     """Say why torch's int4 pack operation cannot multiply few tokens, or is not the fastest."""
     if problem.device != "cpu":
         return "it runs on a CPU"
-    if problem.kind is not Kind.AFFINE:
+    if problem.kind not in (Kind.AFFINE, Kind.OFFSET):
         return f"the grid is of the kind `{problem.kind.value}`, and the operation needs `affine`"
     if problem.dtype != torch.bfloat16:
         # 41 ms instead of 0.8 (and 2.5 dense) for one token at 4096x4096 in float16.
@@ -104,7 +105,7 @@ def cannot(problem: Problem) -> str | None:
     if reason is None and not problem.scales_fit_f16:
         reason = "scales are outside the range of float16"
     if reason is None and not problem.offsets_fit_f16:
-        reason = "a zero times its scale overflows float16"
+        reason = "an offset (a zero times its scale) overflows float16"
     return reason
 
 
@@ -123,12 +124,21 @@ def spread_blocks(weight: QuantizedWeight, block: int) -> tuple[Tensor, Tensor]:
     return weight.affine.scales[:, groups].float(), weight.affine.zeros[:, groups].float()
 
 
+def lines(weight: QuantizedWeight, block: int, code: int) -> tuple[Tensor, Tensor]:
+    """Return scales and the weight of `code`, float32 `[out, in / block]`, for each block."""
+    if isinstance(weight.grid, OffsetGrid):
+        groups = torch.arange(0, weight.in_features, block) // weight.grid.group_size
+        scales = weight.grid.scales[:, groups].float()
+        return scales, code * scales + weight.grid.offsets[:, groups].float()
+    scales, zeros = spread_blocks(weight, block)
+    return scales, (code - zeros) * scales
+
+
 def pack(weight: QuantizedWeight, problem: Problem, codes: Tensor) -> dict[str, Tensor]:
     """Return `pack` and `scale_zero`: what few tokens are multiplied by."""
     group = native_group(problem)
     assert group is not None
-    scales, zeros = spread_blocks(weight, group)
-    scale_zero = torch.stack((scales, (8 - zeros) * scales), -1).transpose(0, 1)
+    scale_zero = torch.stack(lines(weight, group, 8), -1).transpose(0, 1)
     # The last argument is a tile size that only CUDA's layout looks at.
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
     return {"pack": packed, "scale_zero": scale_zero.to(torch.bfloat16).contiguous()}
@@ -146,9 +156,8 @@ def multiply_pack(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
 def pack_rows(weight: QuantizedWeight, problem: Problem, codes: Tensor) -> Tensor:
     """Return `rows`: what many tokens are multiplied by."""
     block = problem.block
-    scales, zeros = spread_blocks(weight, block)
-    scale_offset = torch.stack((scales, -zeros * scales), -1).half().view(torch.uint8)
-    nibbles = (codes[:, ::2] | (codes[:, 1::2] << 4)).view(*scales.shape, block // 2)
+    scale_offset = torch.stack(lines(weight, block, 0), -1).half().view(torch.uint8)
+    nibbles = (codes[:, ::2] | (codes[:, 1::2] << 4)).view(len(codes), -1, block // 2)
     return torch.cat((nibbles, scale_offset), -1)
 
 

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qplug_converters.scheme import Kind
 from qplug_converters.weight import QuantizedWeight
 
 from .cpu_int4 import cannot_pack, multiply_pack, pack, sort_inputs, spread_blocks, unsort
@@ -45,6 +46,8 @@ def cannot(problem: Problem) -> str | None:
     reason = cannot_pack(problem)
     if reason is not None:
         return reason
+    if problem.kind is not Kind.AFFINE:
+        return "offsets are no integers times scales, and the operation subtracts integers"
     if "wna16" not in problem.ops:
         return "vLLM's CPU operations are not loaded in this process"
     if "amx" not in problem.features:

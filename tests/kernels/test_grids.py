@@ -139,7 +139,25 @@ def test_a_changed_number_changes_the_product(name, monkeypatch):
     assert torch.equal(apply_linear(x, prepare(weight, torch.float64)), before)
 
 
-@pytest.mark.parametrize("name", ["codebook", "offset", "rows"])
+@pytest.mark.parametrize("group_size", [32, 64, 96])
+def test_offsets_stay_packed_on_a_cpu(group_size, monkeypatch):
+    monkeypatch.setenv("QPLUG_KERNEL", "cpu_int4")
+    weight = offset(48, 2 * 96 if group_size == 96 else 256, group_size)
+    if reason := next(k for k in KERNELS if k.name == "cpu_int4").cannot(
+        Problem.here(weight, torch.bfloat16)
+    ):
+        pytest.skip(reason)
+    prepared = prepare(weight, torch.bfloat16)
+    exact = meaning(weight)
+    for tokens in (1, 40):  # both of its copies
+        x = torch.randn(tokens, weight.in_features).bfloat16()
+        assert relative(apply_linear(x, prepared), x.double() @ exact.T) < BOUND[torch.bfloat16]
+    before = apply_linear(x, prepared)
+    weight.grid.offsets[-1, -1] += 0.5
+    assert not torch.equal(apply_linear(x, prepare(weight, torch.bfloat16)), before)
+
+
+@pytest.mark.parametrize("name", ["codebook", "rows"])
 def test_integer_kernels_refuse_other_grids_with_their_name(name):
     problem = Problem.here(WEIGHTS[name](), torch.bfloat16)
     for kernel in KERNELS:
