@@ -4,6 +4,7 @@ import copy
 import io
 from pathlib import Path
 
+import cards
 import pytest
 import torch
 
@@ -56,6 +57,15 @@ def test_forward(name, dtype):
     error = (linear(x).double() - expected).norm() / expected.norm()
     assert error < bound
     assert linear(x).dtype is dtype
+
+
+@pytest.mark.parametrize("name", cards.GPU_KERNELS)
+@pytest.mark.parametrize("arch", cards.ARCHS)
+def test_the_kernel_of_a_card(arch, name, monkeypatch):
+    chosen = cards.put_in(monkeypatch, arch)
+    linear = make(name)
+    linear(torch.zeros(1, linear.in_features))
+    assert chosen == [cards.expected(name, arch)]
 
 
 @pytest.mark.parametrize("name", ["gptq-4b-asym-g64", "bnb-nf4-dq", "ct-int4-asym-g64"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cards
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -311,65 +312,67 @@ def test_tensor_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FORMATS = {
-    "autoround-awq-asym-g128": "autoround_awq",
-    "autoround-gptq-sym-g128": "autoround_gptq",
-    "autoround-native-2b-asym-g32": "autoround",
-    "awq-gemv-g64": "awq_gemv",
-    "awq-gemv_fast-g64": "awq_gemv_fast",
-    "bnb-fp4": "bnb-fp4",
-    "bnb-int8": "bnb-int8",
-    "bnb-nf4-dq": "bnb-nf4",
-    "ct-int3-asym-g128-fields": "compressed-tensors",
-    "ct-int4-asym-g64-gidx": "compressed-tensors",
-    "gptq-4b-sym-g64-actorder": "gptq",
-    "gptq-8b-sym-g128": "gptq",
-    "gptq_p-3b-sym-g128": "gptq_p",
-}
+FORMATS = (
+    *cards.GPU_KERNELS,
+    "autoround-gptq-sym-g128",
+    "ct-int4-asym-g64-gidx",
+    "gptq-8b-sym-g128",
+)
+
+
+def load_layer(name: str) -> tuple[Any, Any, list[str]]:
+    """Load the q, k and v of a golden checkpoint as vLLM does; return layer, method and names."""
+    from qplug.vllm import linear as door
+
+    block = json.loads((GOLDEN / name / "config.json").read_text())["quantization_config"]
+    [made] = [c for c in CONFIGS if c.override_quantization_method(block, c.name)]
+    config = made.from_config(block)
+    config.maybe_update_config(str(GOLDEN / name))
+    config.packed_modules_mapping = FUSED
+    assert METHODS[config.format.name] == made.name
+    found = config.shards("model.layers.0.self_attn.qkv_proj")
+    shards = [door.Shard(m, s, config.layout(s)) for m, s in found]
+    layer = torch.nn.Module()
+    method = door.QplugLinearMethod(shards)
+    sizes, inp = [s.scheme.out_features for s in shards], shards[0].scheme.in_features
+    method.create_weights(layer, inp, sizes, inp, sum(sizes), torch.float32)
+    mapper = config.get_checkpoint_weight_mapper()
+    for tensor, value in load_file(GOLDEN / name / "model.safetensors").items():
+        for place, shard in zip("qkv", shards, strict=True):
+            if tensor.startswith(f"{shard.module}.") and not tensor.endswith(".bias"):
+                for renamed in mapper.apply_list([tensor]):
+                    parameter = getattr(layer, renamed.removeprefix(f"{shard.module}."))
+                    parameter.weight_loader(parameter, value, place)
+    method.unquantized = SimpleNamespace(
+        process_weights_after_loading=lambda layer: None,
+        apply=lambda layer, x, bias: torch.nn.functional.linear(x, layer.weight, bias),
+    )
+    return layer, method, [shard.module for shard in shards]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_layer_from_a_file_of_the_tool(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor under the name vLLM gives it, into the fused layer; the product at the end."""
-    from qplug.vllm import linear as door
-
     monkeypatch.setattr(compat, "load_is_dummy", lambda: False)
-    block = json.loads((GOLDEN / name / "config.json").read_text())["quantization_config"]
-    method = METHODS[FORMATS[name]]
-    [made] = [
-        c for c in CONFIGS if c.override_quantization_method(block, method) == c.name == method
-    ]
-    config = made.from_config(block)
-    config.maybe_update_config(str(GOLDEN / name))
-    config.packed_modules_mapping = FUSED
-    assert config.format.name == FORMATS[name]
-    prefix = "model.layers.0.self_attn.qkv_proj"
-    shards = [door.Shard(m, s, config.layout(s)) for m, s in config.shards(prefix)]
-    layer = torch.nn.Module()
-    sizes = [shard.scheme.out_features for shard in shards]
-    found = door.QplugLinearMethod(shards)
-    inp = shards[0].scheme.in_features
-    found.create_weights(layer, inp, sizes, inp, sum(sizes), torch.float32)
-    mapper = config.get_checkpoint_weight_mapper()
-    tensors = load_file(GOLDEN / name / "model.safetensors")
-    for tensor, value in tensors.items():
-        module, place = next(
-            ((s.module, n) for n, s in enumerate(shards) if tensor.startswith(f"{s.module}.")),
-            ("", 0),
-        )
-        for renamed in mapper.apply_list([tensor]) if module else ():
-            parameter = getattr(layer, renamed.removeprefix(f"{module}."))
-            parameter.weight_loader(parameter, value, "qkv"[place])
-    found.unquantized = SimpleNamespace(
-        process_weights_after_loading=lambda layer: None,
-        apply=lambda layer, x, bias: torch.nn.functional.linear(x, layer.weight, bias),
-    )
-    found.process_weights_after_loading(layer)
+    layer, method, modules = load_layer(name)
+    method.process_weights_after_loading(layer)
     reference = load_file(GOLDEN / name / "reference.safetensors")
-    weight = torch.cat([reference[f"{shard.module}.weight"] for shard in shards])
+    weight = torch.cat([reference[f"{module}.weight"] for module in modules])
     assert torch.equal(layer.weight, weight)
-    x = torch.randn(3, inp)
-    assert torch.equal(found.apply(layer, x), torch.nn.functional.linear(x, weight))
+    x = torch.randn(3, weight.shape[1])
+    assert torch.equal(method.apply(layer, x), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("name", cards.GPU_KERNELS)
+@pytest.mark.parametrize("arch", cards.ARCHS)
+def test_the_kernel_of_a_card(arch: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for q, k and v together, but where their orders of columns differ."""
+    monkeypatch.setattr(compat, "load_is_dummy", lambda: False)
+    chosen = cards.put_in(monkeypatch, arch)
+    layer, method, _ = load_layer(name)
+    method.process_weights_after_loading(layer)
+    assert set(chosen) == {cards.expected(name, arch)}
+    assert len(chosen) == 1
 
 
 def test_a_tensor_of_another_shape_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
