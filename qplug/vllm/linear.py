@@ -87,6 +87,11 @@ class QplugLinearMethod(LinearMethodBase):
 
         def load(parameter: Tensor, loaded_weight: Tensor, shard_id: Any = None) -> None:
             place = _PLACES.get(shard_id, shard_id)
+            if not isinstance(place, int) or place >= len(self.shards):
+                raise ValueError(
+                    f"qplug: {self.shards[0].module}.{part}: vLLM loads it as part {shard_id!r} of "
+                    f"a layer, which is {len(self.shards)} of the checkpoint's linears"
+                )
             shard = self.shards[place]
             spec = shard.layout.specs(shard.scheme.sizes)[part]
             dtype = TORCH_DTYPES[spec.dtype]

@@ -387,6 +387,9 @@ def test_a_tensor_of_another_shape_or_none(monkeypatch: pytest.MonkeyPatch, tmp_
     for wrong in (torch.zeros(8, 31, dtype=torch.int32), torch.zeros(8, 32, dtype=torch.int64)):
         with pytest.raises(ValueError, match=rf"{Q}\.qweight: found .*, expected I32\[8, 32\]"):
             load(layer.qweight, wrong)
+    for place in ("k", 1, (0, 1)):
+        with pytest.raises(ValueError, match="of a layer, which is 1 of the checkpoint's linears"):
+            load(layer.qweight, torch.zeros(8, 32, dtype=torch.int32), place)
     load(layer.qweight, torch.zeros(8, 32, dtype=torch.int32))
     with pytest.raises(ValueError, match=rf"{Q}\.qzeros: not loaded, although"):
         found.process_weights_after_loading(layer)
