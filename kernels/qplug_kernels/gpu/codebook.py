@@ -172,11 +172,12 @@ def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
 
 
 def configuration(form: Form, tokens: int, device: torch.device) -> Config:
-    """Return how a number of tokens is multiplied.
+    """Return how a number of tokens is multiplied."""
+    return settled(configs.choose(form, tokens, device))
 
-    32 tokens take 8 warps: with 4, 12 to 90 registers are spilled (sm_89, sm_90).
-    """
-    config = configs.choose(form, tokens, device)
+
+def settled(config: Config) -> Config:
+    """Return a configuration with 8 warps for 32 tokens: 4 spill 12 to 90 registers (sm_89, 90)."""
     return replace(config, warps=8) if config.tokens == 32 else config
 
 

@@ -6,12 +6,13 @@ every multiprocessor. Nothing is measured while serving.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
 from ..problem import Problem
+from . import tables
 from .compat import OLDEST, joins
 from .planes import Tiled
 
@@ -122,8 +123,11 @@ def rule(form: Tiled, tokens: int, card: Card) -> Config:
 
 @cache
 def choose(form: Tiled, tokens: int, device: torch.device) -> Config:
-    """Return the configuration for a number of tokens on a device."""
-    return rule(form, tokens, card(device))
+    """Return the configuration for a number of tokens on a device: measured, or by the rule."""
+    here = card(device)
+    config = rule(form, tokens, here)
+    row = tables.find(form, tokens, here.arch, here.multiprocessors)
+    return config if row is None else replace(config, **row.values())
 
 
 def cannot_triton(problem: Problem) -> str | None:
