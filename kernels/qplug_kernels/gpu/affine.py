@@ -33,8 +33,8 @@ from ..problem import Kernel, Problem
 from . import asm, compat, configs, loop, planes, workspace
 from .compat import jit_for_any, tl
 from .configs import Config
+from .form import Form
 from .gather import gather
-from .planes import Form
 
 FEW = 64
 """Most tokens of the loop over packed words: above, decoding is paid by the product."""

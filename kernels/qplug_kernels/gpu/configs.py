@@ -14,7 +14,7 @@ import torch
 from ..problem import Problem
 from . import tables
 from .compat import OLDEST, joins
-from .planes import Tiled
+from .form import Tiled
 
 SHARED = {"sm_80": 163, "sm_87": 163, "sm_86": 99, "sm_89": 99, "sm_120": 99, "sm_121": 99}
 """KB of shared memory that one program may have; 227 on other cards of NVIDIA, 64 of AMD's."""

@@ -33,7 +33,8 @@ from torch import Tensor
 from ..problem import Kernel, Problem
 from . import affine, asm, compat, configs, loop, planes, workspace
 from .compat import jit_for_any, tl
-from .planes import Form
+from .form import Form
+from .gather import gather
 
 FEW = 16
 """Most tokens of the kernel: as dear as reading weights six times, decoding them is dearer."""
@@ -160,8 +161,7 @@ def launch(
     """Multiply `x [M, K]` with one launch."""
     words, scales = operands[:2]
     if len(operands) == 4:
-        # Behind the last input is a zero, for the places without input: they are numbered -1.
-        x = torch.nn.functional.pad(x, (0, 1))[:, operands[3]]
+        x = gather(x, operands[3])
     x = planes.aligned(x)
     tokens, width = x.shape
     interpreted = compat.interpreted()

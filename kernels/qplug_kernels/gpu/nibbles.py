@@ -34,8 +34,9 @@ from qplug_converters.layout import Holds, Layout, Packing, Part
 from qplug_converters.weight import CodebookGrid
 
 from ..problem import Problem
+from .form import COLUMNS
 from .lookup import Lookup, lookup
-from .planes import COLUMNS, SLAB, pad
+from .planes import SLAB, pad
 
 TABLES: list[tuple[float, ...]] = [struct.unpack("<16f", table) for table in NAMED.values()]
 """Tables of this process; an operand says by its shape which is meant, and the file's own tables

@@ -36,7 +36,7 @@ from ..problem import Kernel, Problem
 from . import asm, compat, configs, dequantize, loop, planes, workspace
 from .compat import jit, jit_for_any, tl
 from .configs import Config
-from .planes import COLUMNS, Form
+from .form import COLUMNS, Form
 
 FEW = 256
 """Most tokens that are multiplied without the weight in memory."""

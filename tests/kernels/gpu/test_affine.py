@@ -7,8 +7,9 @@ import torch
 
 from qplug_converters.weight import AffineGrid
 from qplug_kernels import Problem, apply_linear
-from qplug_kernels.gpu import affine, compat, configs, planes, workspace
+from qplug_kernels.gpu import affine, compat, configs, workspace
 from qplug_kernels.gpu.configs import Config
+from qplug_kernels.gpu.form import Form
 from qplug_kernels.linear import Prepared
 
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -228,7 +229,7 @@ def test_wrong_arguments_are_named_before_a_launch(prepared, device, monkeypatch
 
 def test_splits_keep_within_the_workspace(prepared):
     _, one = prepared(300, 2048, 128, torch.float16)
-    form = planes.Form.of(list(one.tensors.values()))
+    form = Form.of(list(one.tensors.values()))
     config = Config(8, 100)
     assert config.splits_within(form, 1, workspace.FLOATS, workspace.COUNTERS) == 8
     assert config.splits_within(form, 1, 3 * 3 * 128 * 8, workspace.COUNTERS) == 3
@@ -240,7 +241,7 @@ def test_the_rule_fits_every_card(prepared):
     forms = []
     for bits, group_size in ((2, 32), (3, 128), (4, 128), (8, 128), (8, 16)):
         _, one = prepared(256, 512, group_size, torch.float16, bits=bits)
-        forms.append(planes.Form.of(list(one.tensors.values())))
+        forms.append(Form.of(list(one.tensors.values())))
     for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
         card = configs.Card(arch, 100)
         for form in forms:

@@ -10,7 +10,7 @@ import torch
 from qplug_converters.weight import AffineGrid
 from qplug_kernels import Problem, choose
 from qplug_kernels.gpu import affine, cuda_cores, workspace
-from qplug_kernels.gpu.planes import Form
+from qplug_kernels.gpu.form import Form
 
 MULTIPROCESSORS = 40
 T4 = Problem(

@@ -13,7 +13,7 @@ from qplug_converters import codec
 from qplug_converters.weight import AffineGrid, QuantizedWeight
 from qplug_kernels import Problem
 from qplug_kernels.gpu import planes
-from qplug_kernels.gpu.planes import Form
+from qplug_kernels.gpu.form import Form, effective_group
 
 FORM = Form(
     out_features=0, in_features=0, places=0, bits=4, rows=16, columns=16, group=16, bf16=False,
@@ -90,7 +90,7 @@ def test_slabs_change_nothing(monkeypatch):
     ],
 )
 def test_effective_group(unit, tile, count, group):
-    assert planes.effective_group(unit, tile, count) == group
+    assert effective_group(unit, tile, count) == group
 
 
 def weight(n, k, group_size, bits=4, g_idx=None, scale_dtype=torch.float16):

@@ -12,7 +12,7 @@ from qplug_converters.weight import QuantizedWeight, RowGrid
 from qplug_kernels import Problem, apply_linear, choose
 from qplug_kernels.gpu import asm, dequantize, rows
 from qplug_kernels.gpu.configs import Config
-from qplug_kernels.gpu.planes import Form
+from qplug_kernels.gpu.form import Form
 from qplug_kernels.linear import Prepared
 
 F16, BF16 = torch.float16, torch.bfloat16
