@@ -30,8 +30,8 @@ from .configs import card
 TILE = 1024
 """Most numbers of keys, and of values, in one program."""
 
-PER_WARP = 256
-"""Numbers that 32 threads read 16 bytes each of."""
+PER_THREAD = 8
+"""Numbers of 16 bits that a thread reads at once."""
 
 
 def _text(ptx: str) -> str:
@@ -227,12 +227,13 @@ def scatter(
     if not slot_mapping.numel() or not key_cache.numel() or not value_cache.numel():
         return
     block_size = key_cache.shape[1]
-    convert = converts(card(key.device).arch)
+    arch = card(key.device).arch
     constexprs = constants(
-        heads, key_size, value.shape[2], block_size, key_cache.dtype, dynamic, convert
+        heads, key_size, value.shape[2], block_size, key_cache.dtype, dynamic, converts(arch)
     )
     tile_heads = constexprs["TILE_HEADS"]
     tile = tile_heads * max(constexprs["TILE_KEY"], constexprs["TILE_VALUE"])
+    lanes = 64 if arch.startswith("gfx9") else 32
     grid = (slot_mapping.shape[0], -(-heads // tile_heads))
     with torch.cuda.device_of(key):
         kv_kernel[grid](
@@ -241,5 +242,5 @@ def scatter(
             *key.stride()[:2], *value.stride()[:2],
             *key_cache.stride()[:3], *value_cache.stride()[:3],
             *_scale_strides(k_scales, dynamic), *_scale_strides(v_scales, dynamic),
-            **constexprs, num_warps=min(4, max(1, tile // PER_WARP)), enable_fp_fusion=False,
+            **constexprs, num_warps=max(1, tile // (PER_THREAD * lanes)), enable_fp_fusion=False,
         )  # fmt: skip
