@@ -227,4 +227,5 @@ KERNEL = Kernel(
     prepare=prepare,
     run=run,
     dequantize=decode_all,
+    device="cuda",
 )
