@@ -47,6 +47,8 @@ HIGHEST = {
     ("int8", "bf16"): {"sm_80": 4.5, "sm_90": 4.5},
     ("nf4", "fp16"): {"sm_80": 4.5, "sm_90": 4.5},
     ("nf4", "bf16"): {"sm_80": 4.5, "sm_90": 4.5},
+    ("rows", "fp16"): {"sm_80": 2.4, "sm_90": 2.4},
+    ("rows", "bf16"): {"sm_80": 4.5, "sm_90": 4.5},
 }
 """Instructions per weight that no stored limit may pass: at most 16 tokens, groups of 128 or more
 (codebooks: 64), inputs in order, the pinned Triton."""

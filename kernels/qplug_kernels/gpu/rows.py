@@ -79,7 +79,8 @@ def rows_kernel(
     xp = x + tokens.to(tl.int64)[:, None] * x_stride + loop.reach(2, KP, JOINED)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     for t in range(first, last):
-        v = integers(tl.load(w), BN, KP, DTYPE, WIDE, TEXTS, CONSTRAINTS)
+        w0 = tl.load(w)
+        v = integers(w0, BN, KP, DTYPE, WIDE, TEXTS, CONSTRAINTS)
         k = t * (2 * KP)
         acc = loop.products(
             v, xp + k, x, rows, k, K, 2, BN, KP, DTYPE, WIDE, EVEN_K, False, JOINED, acc
