@@ -20,8 +20,8 @@ Rounding: scales that a file holds in float32 are rounded to float16 (2^-11).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 from qplug_converters.weight import QuantizedWeight
 
 from ..problem import Kernel, Problem
-from . import asm, compat, configs, loop, planes, workspace
+from . import asm, compat, configs, dequantize, loop, planes, workspace
 from .compat import jit_for_any, tl
 from .configs import Config
 from .form import Form
@@ -101,6 +101,44 @@ def affine_kernel(
     )  # fmt: skip
 
 
+@jit_for_any("first", "outputs")
+def affine_slab(
+    words, scales, slab, first, outputs, places, stride, many_k, BITS: tl.constexpr,
+    BN: tl.constexpr, KP: tl.constexpr, GROUPS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    SHIFT: tl.constexpr, DTYPE: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr,
+    TEXTS: tl.constexpr, CONSTRAINTS: tl.constexpr,
+):  # fmt: skip
+    """Decode one tile into `slab`, whose row 0 is the first output of tile `first`."""
+    PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    EACH: tl.constexpr = PLANES // GROUPS
+    tile_k, tile_n = tl.program_id(0), tl.program_id(1)
+    tile = (first + tile_n).to(tl.int64)
+    column, r = tl.arange(0, BN)[:, None], tl.arange(0, KP)
+    w = words + (tile * many_k + tile_k) * (WORDS * BN * KP) + column * KP + r[None, :]
+    w0 = tl.load(w)
+    w1 = tl.load(w + BN * KP) if WORDS == 3 else w0
+    w2 = tl.load(w + 2 * BN * KP) if WORDS == 3 else w0
+    if SHIFT:
+        groups = (many_k + (1 << SHIFT) - 1) >> SHIFT
+        s = scales + (tile * groups + (tile_k >> SHIFT)) * BN + column
+    else:
+        s = scales + (tile * many_k + tile_k) * (GROUPS * BN)
+        s += column * GROUPS + tl.arange(0, GROUPS)[None, :]
+    group_words = loop.apart(tl.load(s), GROUPS, BN)
+    for g in tl.static_range(GROUPS):
+        word = group_words[g]
+        scale = asm.as_float(word.to(tl.int16), SCALE, True)[:, None]
+        zero = loop.zero_of(word, w0, BITS, SYMMETRIC, BN, KP, DTYPE, WIDE, CONSTRAINTS)
+        v = loop.decode(w0, w1, w2, zero, BITS, g * EACH, EACH, DTYPE, WIDE, TEXTS, CONSTRAINTS)
+        for n in tl.static_range(EACH):
+            k = (tile_k * PLANES + g * EACH + n) * KP + r
+            dequantize.store_plane(
+                v[n].to(tl.float32) * scale, slab, tile_n * BN + tl.arange(0, BN), k, outputs,
+                places, stride, DTYPE, WIDE,
+            )  # fmt: skip
+
+
 def cannot(problem: Problem) -> str | None:
     """Say why a problem is not for this kernel."""
     return configs.cannot(problem) or planes.cannot(problem)
@@ -123,7 +161,7 @@ def _shift(form: Form) -> int:
     return ALL if form.groups == 1 else (form.group // form.tile).bit_length() - 1
 
 
-@cache
+@functools.cache
 def constants(form: Form, ptx: bool, interpreted: bool) -> dict[str, Any]:
     """Return the compile-time numbers of a layout."""
     groups = form.groups_of_tile
@@ -140,7 +178,6 @@ def constants(form: Form, ptx: bool, interpreted: bool) -> dict[str, Any]:
         "GROUPS": groups,
         "SYMMETRIC": form.symmetric,
         "SHIFT": _shift(form),
-        "EVEN_K": form.places % form.tile == 0,
         "DTYPE": tl.bfloat16 if form.bf16 else tl.float16,
         "SCALE": tl.bfloat16 if form.bf16_scales else tl.float16,
         "WIDE": interpreted,
@@ -181,10 +218,21 @@ def reference(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Ten
 
 def multiply_many(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, form: Form) -> Tensor:
     """Multiply many tokens: a slab of outputs decoded, torch's product, the next slab."""
-    y = x.new_empty((x.shape[0], form.out_features))
-    for start, weight in planes.decode_slabs(form, operands):
-        torch.mm(x, weight.T, out=y[:, start : start + len(weight)])
-    return y if bias is None else y.add_(bias)
+    if len(operands) == 4:
+        x = planes.gather(x, operands[3])
+    write = functools.partial(write_slab, operands, form)
+    return dequantize.multiply(x, form.out_features, form.columns, bias, write)
+
+
+def write_slab(operands: Sequence[Tensor], form: Form, tile: int, slab: Tensor) -> None:
+    """Decode outputs from the first of `tile` on into `slab [n, places]`."""
+    words, scales = operands[:2]
+    ptx = configs.card(slab.device).arch.startswith("sm_")
+    with dequantize.room(slab) as out, compat.on(slab.device):
+        affine_slab[form.tiles[1], -(-len(slab) // form.columns)](
+            words, scales, out, tile, len(slab), form.places, out.stride(0), form.tiles[1],
+            **constants(form, ptx, compat.interpreted()),
+        )  # fmt: skip
 
 
 def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: Config) -> Tensor:
@@ -201,21 +249,27 @@ def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: C
     blocks = -(-tokens // config.tokens)
     space = workspace.of(x.device)
     splits = config.splits_within(form, blocks, workspace.FLOATS, workspace.COUNTERS)
-    affine_kernel[many_n, splits, blocks](
-        x, words, scales, words if order is None else order, y if bias is None else bias, y,
-        space.partial, space.count, tokens, form.out_features, width, x.stride(0), many_k, splits,
-        **constants(form, config.ptx, interpreted),
-        BM=config.tokens, SPLIT=splits > 1, BIAS=bias is not None, GATHER=order is not None,
-        JOINED=config.joined, STAGES=config.stages,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    with compat.on(x.device):
+        affine_kernel[many_n, splits, blocks](
+            x, words, scales, words if order is None else order, y if bias is None else bias, y,
+            space.partial, space.count, tokens, form.out_features, width, x.stride(0), many_k,
+            splits, **constants(form, config.ptx, interpreted),
+            BM=config.tokens, SPLIT=splits > 1, EVEN_K=form.places % form.tile == 0,
+            BIAS=bias is not None, GATHER=order is not None,
+            JOINED=config.joined, STAGES=config.stages,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
     return y.to(x.dtype) if interpreted else y
 
 
-def dequantize(operands: Sequence[Tensor]) -> Tensor:
-    """Return the weight."""
+def decode_all(operands: Sequence[Tensor]) -> Tensor:
+    """Return the weight `[out, in]` in the dtype of the activations, inputs in their own order."""
     form = Form.of(operands)
-    return torch.cat([weight for _, weight in planes.decode_slabs(form, operands)])
+    if operands[0].device.type == "cpu" and not compat.interpreted():
+        return planes.dequantize(form, operands).float().to(form.dtype)
+    write = functools.partial(write_slab, operands, form)
+    weight = dequantize.whole(form.out_features, form.places, operands[2], write)
+    return weight if len(operands) == 3 else planes.scatter(weight, operands[3], form.in_features)
 
 
 KERNEL = Kernel(
@@ -224,6 +278,6 @@ KERNEL = Kernel(
     cannot=cannot,
     prepare=prepare,
     run=run,
-    dequantize=dequantize,
+    dequantize=decode_all,
     device="cuda",
 )

@@ -32,7 +32,7 @@ from ..problem import Kernel, Problem
 from . import compat, configs, dequantize, loop, nibbles, planes, workspace
 from .compat import jit_for_any, tl
 from .configs import Config
-from .lookup import decode, load_groups
+from .lookup import decode
 from .nibbles import SMALLEST, Form
 
 FEW = 256
@@ -57,22 +57,25 @@ def codebook_kernel(
     start = tile_n.to(tl.int64) * many_k + first
     w = words + start * (BN * KP) + column[:, None] * KP + tl.arange(0, KP)[None, :]
     s = absmax + start * (BN * GROUPS)
-    xp = x + tokens.to(tl.int64)[:, None] * x_stride + loop.reach(EACH, KP, JOINED)[None, :]
+    s += column[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    xp = x + tokens.to(tl.int64)[:, None] * x_stride
+    xp += first * (4 * KP) + loop.reach(EACH, KP, JOINED)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     # With its own number of stages, a loop pipelines loads that feed no product too: absmax.
     for t in tl.range(first, last, num_stages=STAGES):
         w0 = tl.load(w)
         v = decode(w0, TEXT, QUADS, BN, KP, DTYPE, WIDE)
-        scales = load_groups(s, GROUPS, BN)
+        scales = loop.apart(tl.load(s), GROUPS, BN)
         for g in tl.static_range(GROUPS):
             k = (t * 4 + g * EACH) * KP
             p = loop.products(
-                v[g * EACH : (g + 1) * EACH], xp + k, x, rows, k, K, EACH, BN, KP, DTYPE, WIDE,
-                EVEN_K, False, JOINED,
+                v[g * EACH : (g + 1) * EACH], xp + g * (EACH * KP), x, rows, k, K, EACH, BN, KP,
+                DTYPE, WIDE, EVEN_K, False, JOINED,
             )  # fmt: skip
             acc += p * scales[g][:, None]
         w += BN * KP
         s += BN * GROUPS
+        xp += 4 * KP
     loop.finish(
         acc, y, bias, partial, count, tile_m * tl.num_programs(0) + tile_n, split, splits, tokens,
         tile_n * BN + column, M, N, BN, BM, SPLIT, BIAS, DTYPE, WIDE,
@@ -91,7 +94,8 @@ def codebook_slab(
     column, r = tl.arange(0, BN), tl.arange(0, KP)
     w = tl.load(words + tile * (BN * KP) + column[:, None] * KP + r[None, :])
     v = decode(w, TEXT, QUADS, BN, KP, DTYPE, WIDE)
-    scales = load_groups(absmax + tile * (BN * GROUPS), GROUPS, BN)
+    s = absmax + tile * (BN * GROUPS) + column[:, None] * GROUPS
+    scales = loop.apart(tl.load(s + tl.arange(0, GROUPS)[None, :]), GROUPS, BN)
     for p in tl.static_range(4):
         value = v[p].to(tl.float32) * scales[p * GROUPS // 4][:, None]
         k = (tile_k * 4 + p) * KP + r
@@ -166,10 +170,18 @@ def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
 def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """Multiply `x [M, K]`."""
     form = check(x, operands, bias)
+    if x.device.type == "cpu" and not compat.interpreted():
+        return reference(x, operands, bias)
     if x.shape[0] > FEW:
         write = functools.partial(write_slab, operands, form)
         return dequantize.multiply(x, form.out_features, form.columns, bias, write)
     return launch(x, operands, bias, configuration(form, x.shape[0], x.device))
+
+
+def reference(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply in float64 by what the operands mean: the definition, and what runs on a CPU."""
+    y = x.double() @ nibbles.reference(operands).T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
 def configuration(form: Form, tokens: int, device: torch.device) -> Config:
@@ -197,13 +209,14 @@ def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: C
     blocks = -(-tokens // config.tokens)
     space = workspace.of(x.device)
     splits = config.splits_within(form, blocks, workspace.FLOATS, workspace.COUNTERS)
-    codebook_kernel[many_n, splits, blocks](
-        x, words, absmax, y if bias is None else bias, y, space.partial, space.count, tokens,
-        form.out_features, width, x.stride(0), many_k, splits, **_constants(form, config.ptx),
-        BM=config.tokens, SPLIT=splits > 1, EVEN_K=width % form.tile == 0, BIAS=bias is not None,
-        JOINED=config.joined, STAGES=config.stages, num_warps=config.warps,
-        num_stages=config.stages,
-    )  # fmt: skip
+    with compat.on(x.device):
+        codebook_kernel[many_n, splits, blocks](
+            x, words, absmax, y if bias is None else bias, y, space.partial, space.count, tokens,
+            form.out_features, width, x.stride(0), many_k, splits, **_constants(form, config.ptx),
+            BM=config.tokens, SPLIT=splits > 1, EVEN_K=width % form.tile == 0,
+            BIAS=bias is not None, JOINED=config.joined, STAGES=config.stages,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
     return y.to(x.dtype) if wide else y
 
 
@@ -211,7 +224,7 @@ def write_slab(operands: Sequence[Tensor], form: Form, tile: int, slab: Tensor) 
     """Decode outputs from the first of `tile` on into `slab [n, in_features]`."""
     words, absmax = operands[:2]
     ptx = configs.card(slab.device).arch.startswith("sm_")
-    with dequantize.room(slab) as out:
+    with dequantize.room(slab) as out, compat.on(slab.device):
         codebook_slab[form.tiles[1], -(-len(slab) // form.columns)](
             words, absmax, out, tile, len(slab), form.in_features, out.stride(0), form.tiles[1],
             **_constants(form, ptx),
@@ -221,6 +234,8 @@ def write_slab(operands: Sequence[Tensor], form: Form, tile: int, slab: Tensor) 
 def decode_all(operands: Sequence[Tensor]) -> Tensor:
     """Return the weight `[out, in]` in the dtype of the activations."""
     form = Form.of(operands)
+    if operands[0].device.type == "cpu" and not compat.interpreted():
+        return nibbles.reference(operands).float().to(form.dtype)
     write = functools.partial(write_slab, operands, form)
     return dequantize.whole(form.out_features, form.in_features, operands[2], write)
 

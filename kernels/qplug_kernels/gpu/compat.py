@@ -8,7 +8,10 @@ here, and no declaration, asks a driver for a device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
 
 try:
     import triton
@@ -51,6 +54,13 @@ def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on a CPU (`TRITON_INTERPRET=1` at import)."""
     return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one, which Triton launches on, for as long as needed."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def joins(arch: str, tokens: int, version: tuple[int, int] = VERSION) -> bool:

@@ -131,6 +131,7 @@ def constants(form: Form, tokens: int, ptx: bool, interpreted: bool) -> dict[str
     """Return the compile-time numbers of a layout and a number of tokens."""
     return {
         **affine.constants(form, ptx, interpreted),
+        "EVEN_K": form.places % form.tile == 0,
         "BM": min(TOKENS, 1 << (tokens - 1).bit_length()),
         "CN": COLUMNS,
     }
@@ -170,13 +171,14 @@ def launch(
     blocks = -(-tokens // fixed["BM"])
     splits = splits_of(form, blocks, fixed["BM"], multiprocessors)
     space = workspace.of(x.device)
-    cuda_cores_kernel[blocks, -(-form.out_features // COLUMNS), splits](
-        x, words, scales, y if bias is None else bias, y,
-        space.partial, space.count, tokens, form.out_features, width, x.stride(0), form.tiles[1],
-        splits,
-        **fixed, SPLIT=splits > 1, BIAS=bias is not None,
-        num_warps=WARPS[form.rows], enable_fp_fusion=True,
-    )  # fmt: skip
+    with compat.on(x.device):
+        cuda_cores_kernel[blocks, -(-form.out_features // COLUMNS), splits](
+            x, words, scales, y if bias is None else bias, y,
+            space.partial, space.count, tokens, form.out_features, width, x.stride(0),
+            form.tiles[1], splits,
+            **fixed, SPLIT=splits > 1, BIAS=bias is not None,
+            num_warps=WARPS[form.rows], enable_fp_fusion=True,
+        )  # fmt: skip
     return y.to(x.dtype) if interpreted else y
 
 
@@ -187,6 +189,6 @@ KERNEL = Kernel(
     cannot=cannot,
     prepare=affine.prepare,
     run=run,
-    dequantize=affine.dequantize,
+    dequantize=affine.decode_all,
     device="cuda",
 )

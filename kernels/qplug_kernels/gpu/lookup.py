@@ -296,20 +296,3 @@ def decode(
         for p in tl.static_range(4):
             planes = planes + (v[p].to(DTYPE, bitcast=True),)  # type: ignore[assignment]
         return planes
-
-
-@jit
-def load_groups(absmax, GROUPS: tl.constexpr, BN: tl.constexpr):
-    """Return GROUPS vectors `[BN]` of a tile's absmax `[BN, GROUPS]`, in one load."""
-    column = tl.arange(0, BN)
-    if GROUPS == 1:
-        return (tl.load(absmax + column),)
-    else:
-        at = column[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-        if GROUPS == 2:
-            return tl.split(tl.load(absmax + at))
-        else:
-            even, odd = tl.split(tl.load(absmax + at).reshape(BN, 2, 2))
-            s0, s2 = tl.split(even)
-            s1, s3 = tl.split(odd)
-            return s0, s1, s2, s3

@@ -25,7 +25,7 @@ bits / 8 bytes per weight, and 4 for every group, or 2. `Form.layout` is the def
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -50,11 +50,21 @@ def pad(tensor: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def gather(codes: Tensor, order: Tensor | None) -> Tensor:
-    """Return the columns `order [places]` of codes, zeros where it is negative."""
+    """Return the columns `order [places]` of codes or activations, 0 where it is negative."""
     if order is None:
         return codes
     found = codes.index_select(1, order.clamp(min=0))
     return found.masked_fill_(order < 0, 0)
+
+
+def scatter(columns: Tensor, order: Tensor, in_features: int) -> Tensor:
+    """Return `[out, in_features]` of columns at places `order`: the inverse of `gather`.
+
+    Columns of no input go behind the last one, so that nothing waits to know how many there are.
+    """
+    found = columns.new_empty(columns.shape[0], in_features + 1)
+    at = torch.where(order < 0, in_features, order).long()
+    return found.index_copy_(1, at, columns)[:, :in_features]
 
 
 def pack(codes: Tensor, form: Form, order: Tensor | None = None) -> Tensor:
@@ -236,32 +246,6 @@ def dequantize(form: Form, operands: Sequence[Tensor]) -> Tensor:
     return torch.empty_like(weight[:, : form.in_features]).index_copy_(
         1, operands[3][there].long(), weight[:, there]
     )
-
-
-def decode_slabs(form: Form, operands: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yield the weight a slab of outputs at a time: the first output, and `[n, in]`.
-
-    (code - zero) * scale in float32, rounded to the dtype of the activations; inputs in their own
-    order.
-    """
-    words, scales = operands[:2]
-    order = operands[3] if len(operands) == 4 else None
-    step = max(1, SLAB // 4 // (words.shape[1] * form.tile * form.columns))
-    for tile in range(0, words.shape[0], step):
-        start = tile * form.columns
-        many = min(form.out_features - start, step * form.columns)
-        codes = unpack(words[tile : tile + step], form)[:many].float()
-        scale, zero = (found[:many] for found in unpack_scales(scales[tile : tile + step], form))
-        if form.groups > 1:
-            scale, zero = (t.repeat_interleave(form.group, 1) for t in (scale, zero))
-        width = codes.shape[1]
-        value = codes.sub_(zero[:, :width]).mul_(scale[:, :width])
-        weight = value[:, : form.in_features].to(form.dtype)
-        if order is not None:
-            there = order >= 0
-            weight = torch.empty_like(weight)
-            weight.index_copy_(1, order[there].long(), value[:, there].to(form.dtype))
-        yield start, weight
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -52,12 +52,7 @@ def integers(
     TEXTS: tl.constexpr, CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
     """Return code - 128 of both planes `[BN, KP]`."""
-    if CONSTRAINTS == "":
-        # The twin takes the zero as `asm` stores it; the text has it written in.
-        midpoint: tl.constexpr = 128.0 if DTYPE == tl.bfloat16 else 1152.0
-        zero = tl.full((BN, KP), midpoint, tl.float32 if WIDE else DTYPE)
-    else:
-        zero = words
+    zero = loop.zero_of(words, words, 8, True, BN, KP, DTYPE, WIDE, CONSTRAINTS)
     return loop.decode(words, words, words, zero, 8, 0, 2, DTYPE, WIDE, TEXTS, CONSTRAINTS)
 
 
@@ -76,16 +71,18 @@ def rows_kernel(
     column = tl.arange(0, BN)
     w = words + (tile_n.to(tl.int64) * many_k + first) * (BN * KP)
     w += column[:, None] * KP + tl.arange(0, KP)[None, :]
-    xp = x + tokens.to(tl.int64)[:, None] * x_stride + loop.reach(2, KP, JOINED)[None, :]
+    xp = x + tokens.to(tl.int64)[:, None] * x_stride
+    xp += first * (2 * KP) + loop.reach(2, KP, JOINED)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     for t in range(first, last):
         w0 = tl.load(w)
         v = integers(w0, BN, KP, DTYPE, WIDE, TEXTS, CONSTRAINTS)
         k = t * (2 * KP)
         acc = loop.products(
-            v, xp + k, x, rows, k, K, 2, BN, KP, DTYPE, WIDE, EVEN_K, False, JOINED, acc
+            v, xp, x, rows, k, K, 2, BN, KP, DTYPE, WIDE, EVEN_K, False, JOINED, acc
         )
         w += BN * KP
+        xp += 2 * KP
     acc = acc * tl.load(scales + tile_n * BN + column)[:, None]
     loop.finish(
         acc, y, bias, partial, count, tile_m * tl.num_programs(0) + tile_n, split, splits, tokens,
@@ -175,10 +172,26 @@ def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
 def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """Multiply `x [M, K]`."""
     form = check(x, operands, bias)
+    if x.device.type == "cpu" and not compat.interpreted():
+        return reference(x, operands, bias)
     if x.shape[0] > FEW:
         write = functools.partial(write_slab, operands, form)
         return dequantize.multiply(x, form.out_features, form.columns, bias, write)
     return launch(x, operands, bias, configs.choose(form, x.shape[0], x.device))
+
+
+def meaning(operands: Sequence[Tensor]) -> Tensor:
+    """Return the weight float64 `[out, in]` that the operands mean."""
+    words, scales, _ = operands
+    form = Form.of(operands)
+    codes = planes.unpack(words, form)[: form.out_features, : form.in_features]
+    return (codes.double() - 128) * scales[: form.out_features].double()[:, None]
+
+
+def reference(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply in float64 by what the operands mean: the definition, and what runs on a CPU."""
+    y = x.double() @ meaning(operands).T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
 def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: Config) -> Tensor:
@@ -192,12 +205,14 @@ def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: C
     blocks = -(-tokens // config.tokens)
     space = workspace.of(x.device)
     splits = config.splits_within(form, blocks, workspace.FLOATS, workspace.COUNTERS)
-    rows_kernel[many_n, splits, blocks](
-        x, words, scales, y if bias is None else bias, y, space.partial, space.count, tokens,
-        form.out_features, width, x.stride(0), many_k, splits, **_constants(form, config.ptx),
-        BM=config.tokens, SPLIT=splits > 1, EVEN_K=width % form.tile == 0, BIAS=bias is not None,
-        JOINED=config.joined, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    with compat.on(x.device):
+        rows_kernel[many_n, splits, blocks](
+            x, words, scales, y if bias is None else bias, y, space.partial, space.count, tokens,
+            form.out_features, width, x.stride(0), many_k, splits, **_constants(form, config.ptx),
+            BM=config.tokens, SPLIT=splits > 1, EVEN_K=width % form.tile == 0,
+            BIAS=bias is not None, JOINED=config.joined, num_warps=config.warps,
+            num_stages=config.stages,
+        )  # fmt: skip
     return y.to(x.dtype) if wide else y
 
 
@@ -205,7 +220,7 @@ def write_slab(operands: Sequence[Tensor], form: Form, tile: int, slab: Tensor) 
     """Decode outputs from the first of `tile` on into `slab [n, in_features]`."""
     words, scales = operands[:2]
     ptx = configs.card(slab.device).arch.startswith("sm_")
-    with dequantize.room(slab) as out:
+    with dequantize.room(slab) as out, compat.on(slab.device):
         rows_slab[form.tiles[1], -(-len(slab) // form.columns)](
             words, scales, out, tile, len(slab), form.in_features, out.stride(0), form.tiles[1],
             **_constants(form, ptx),
@@ -215,6 +230,8 @@ def write_slab(operands: Sequence[Tensor], form: Form, tile: int, slab: Tensor) 
 def decode_all(operands: Sequence[Tensor]) -> Tensor:
     """Return the weight `[out, in]` in the dtype of the activations."""
     form = Form.of(operands)
+    if operands[0].device.type == "cpu" and not compat.interpreted():
+        return meaning(operands).float().to(form.dtype)
     write = functools.partial(write_slab, operands, form)
     return dequantize.whole(form.out_features, form.in_features, operands[2], write)
 
