@@ -9,6 +9,7 @@ from . import cpu_int4, cpu_int4_wna16, dense, reference
 from .gpu import affine, codebook, cuda_cores, rows
 from .linear import Prepared, apply_linear, prepare
 from .problem import Choice, Kernel, Problem, choose
+from .warm import warm_up
 
 KERNELS: tuple[Kernel, ...] = (
     cpu_int4_wna16.KERNEL,
@@ -30,4 +31,5 @@ __all__ = [
     "apply_linear",
     "choose",
     "prepare",
+    "warm_up",
 ]

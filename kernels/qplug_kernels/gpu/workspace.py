@@ -12,6 +12,7 @@ provides one more than the streams that are known.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -33,11 +34,15 @@ class Workspace:
 
 _OF_STREAM: dict[tuple[torch.device, int], Workspace] = {}
 _READY: dict[torch.device, list[Workspace]] = {}
+_LOCK = Lock()
 
 
 def _make(device: torch.device) -> Workspace:
     partial = torch.empty(FLOATS, dtype=torch.float32, device=device)
-    return Workspace(partial, torch.zeros(COUNTERS, dtype=torch.int32, device=device))
+    count = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # another stream may take the piece
+    return Workspace(partial, count)
 
 
 def _stream(device: torch.device) -> tuple[int, bool]:
@@ -65,18 +70,26 @@ def of(device: torch.device) -> Workspace:
     stream, capturing = _stream(device)
     found = _OF_STREAM.get((device, stream))
     if found is None:
-        if not capturing:
+        with _LOCK:
+            found = _OF_STREAM.get((device, stream))
+            if found is None:
+                found = _OF_STREAM[device, stream] = _take(device, capturing)
+    if not capturing and not _READY.get(device):
+        with _LOCK:
             reserve(device)
-        ready = _READY.get(device)
-        if not ready:
-            raise RuntimeError(
-                f"no workspace is ready on {device} for a stream that is being captured: run the "
-                "model once outside the capture, after each new stream"
-            )
-        found = _OF_STREAM[device, stream] = ready.pop()
+    return found
+
+
+def _take(device: torch.device, capturing: bool) -> Workspace:
     if not capturing:
         reserve(device)
-    return found
+    ready = _READY.get(device)
+    if not ready:
+        raise RuntimeError(
+            f"no workspace is ready on {device} for a stream that is being captured: run the "
+            "model once outside the capture, after each new stream"
+        )
+    return ready.pop()
 
 
 def forget() -> None:
