@@ -58,27 +58,40 @@ def check(weight, prepared, tokens, config, bias=True):
 
 
 FORMATS = [
-    (bits, group_size, dtype)
+    (bits, k, group_size, dtype, (bits + group_size // 16) % 2 == 0)
     for bits in (2, 3, 4, 8)
-    for group_size, dtype in (
-        (16, torch.float16), (32, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16),
-        (512, torch.float16), (640, torch.bfloat16),
+    for k, group_size, dtype in (
+        (104, 16, torch.float16), (200, 32, torch.bfloat16), (320, 64, torch.float16),
+        (640, 128, torch.bfloat16), (640, 512, torch.float16), (600, 640, torch.bfloat16),
     )
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize(("bits", "group_size", "dtype"), FORMATS)
-def test_formats(bits, group_size, dtype, joined, prepared):
-    weight, one = prepared(72, 640, group_size, dtype, bits=bits)
+@pytest.mark.parametrize(("bits", "k", "group_size", "dtype", "joined"), FORMATS)
+def test_formats(bits, k, group_size, dtype, joined, prepared):
+    weight, one = prepared(72, k, group_size, dtype, bits=bits)
     check(weight, one, 3, Config(8, 2, joined=joined, ptx=one.tensors["words"].is_cuda))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_joined_planes_are_those_one_by_one(bits, prepared, device):
+    """In every number of planes of a group."""
+    for group_size in (16, 32, 64, 128, 256):
+        _, one = prepared(24, 256, group_size, torch.float16, bits=bits)
+        operands = list(one.tensors.values())
+        x = torch.randn(2, 256).to(device, torch.float16)
+        found = [
+            affine.launch(x, operands, None, Config(8, joined=joined, ptx=x.is_cuda))
+            for joined in (False, True)
+        ]
+        assert relative(found[1], found[0].double()) < BOUND[torch.float16]
 
 
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_symmetric(bits, dtype, prepared):
     for group_size in (64, 1024):
-        weight, one = prepared(72, 640, group_size, dtype, symmetric=True, bits=bits)
+        weight, one = prepared(72, 320, group_size, dtype, symmetric=True, bits=bits)
         assert (one.tensors["scales"].dtype == torch.int16) == (group_size == 64)
         check(weight, one, 3, Config(8, 2, ptx=one.tensors["words"].is_cuda))
 
