@@ -9,8 +9,8 @@ the absmax of a token and head is a reduction along it. Offsets are 64 bits wide
 Floats of 8 bits are rounded once, from float32, by one of two ways with the same bits:
 
     PTX, sm_89 and above   cvt.rn.satfinite, two numbers an instruction. As text, since Triton's own
-                           cast goes through float16 on sm_89, which rounds twice, and does not
-                           exist below.
+                           cast goes through float16 on sm_89, which rounds twice, does not exist
+                           below, and loses carries in the interpreter of 3.9 (31.4 becomes 16).
     everywhere else        integer operations, about 12 a number: sm_75 to sm_86, AMD (whose
                            compiler aborts on some casts), the interpreter.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..kv import CODES, check
-from .compat import jit, jit_for_any, tl
+from .compat import jit, jit_for_any, on, tl
 from .configs import card
 
 TILE = 1024
@@ -235,7 +235,7 @@ def scatter(
     tile = tile_heads * max(constexprs["TILE_KEY"], constexprs["TILE_VALUE"])
     lanes = 64 if arch.startswith("gfx9") else 32
     grid = (slot_mapping.shape[0], -(-heads // tile_heads))
-    with torch.cuda.device_of(key):
+    with on(key.device):
         kv_kernel[grid](
             key, value, key_cache.view(torch.uint8), value_cache.view(torch.uint8),
             k_scales, v_scales, slot_mapping, key_cache.shape[0] * block_size,
