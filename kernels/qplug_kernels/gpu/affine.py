@@ -220,7 +220,7 @@ def reference(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Ten
 def multiply_many(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, form: Form) -> Tensor:
     """Multiply many tokens: a slab of outputs decoded, torch's product, the next slab."""
     if len(operands) == 4:
-        x = planes.gather(x, operands[3])
+        x = gather(x, operands[3])
     write = functools.partial(write_slab, operands, form)
     return dequantize.multiply(x, form.out_features, form.columns, bias, write)
 

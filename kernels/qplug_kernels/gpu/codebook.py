@@ -47,9 +47,12 @@ def codebook_kernel(
     STAGES: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr, TEXT: tl.constexpr,
     QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply one tile of outputs by BM tokens over one split of K."""
+    """Multiply one tile of outputs by BM tokens over one split of K.
+
+    Programs of the same weights follow each other: all but the first find them in the cache.
+    """
     EACH: tl.constexpr = 4 // GROUPS
-    tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last = loop.share(many_k, splits, split)
     tokens = tile_m * BM + tl.arange(0, BM)
     rows = tokens < M
@@ -77,7 +80,7 @@ def codebook_kernel(
         s += BN * GROUPS
         xp += 4 * KP
     loop.finish(
-        acc, y, bias, partial, count, tile_m * tl.num_programs(0) + tile_n, split, splits, tokens,
+        acc, y, bias, partial, count, tile_m * tl.num_programs(1) + tile_n, split, splits, tokens,
         tile_n * BN + column, M, N, BN, BM, SPLIT, BIAS, DTYPE, WIDE,
     )  # fmt: skip
 
@@ -210,7 +213,7 @@ def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: C
     space = workspace.of(x.device)
     splits = config.splits_within(form, blocks, workspace.FLOATS, workspace.COUNTERS)
     with compat.on(x.device):
-        codebook_kernel[many_n, splits, blocks](
+        codebook_kernel[blocks, many_n, splits](
             x, words, absmax, y if bias is None else bias, y, space.partial, space.count, tokens,
             form.out_features, width, x.stride(0), many_k, splits, **_constants(form, config.ptx),
             BM=config.tokens, SPLIT=splits > 1, EVEN_K=width % form.tile == 0,

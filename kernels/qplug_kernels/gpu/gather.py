@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compat import jit_for_any, tl
+from .compat import jit_for_any, on, tl
 
 BLOCK = 1024
 """Places of a program."""
@@ -38,5 +38,6 @@ def gather(x: Tensor, order: Tensor) -> Tensor:
         x = x.contiguous()
     tokens, places = x.shape[0], order.shape[0]
     y = torch.empty((tokens, places), dtype=x.dtype, device=x.device)
-    gather_kernel[tokens, -(-places // BLOCK)](x, order, y, places, x.stride(0), BLOCK=BLOCK)
+    with on(x.device):
+        gather_kernel[tokens, -(-places // BLOCK)](x, order, y, places, x.stride(0), BLOCK=BLOCK)
     return y

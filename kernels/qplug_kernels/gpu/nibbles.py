@@ -189,13 +189,19 @@ def unpack(words: Tensor, form: Form) -> Tensor:
 def spread(grid: CodebookGrid, form: Form) -> Tensor:
     """Return the operand `absmax`: one for each group of each output, 0 in the padding."""
     many_n, many_k = form.tiles
-    device = grid.absmax.device
-    row = torch.arange(form.out_features, device=device)[:, None] * form.in_features
-    first = torch.arange(0, form.in_features, form.group, device=device)
-    absmax = grid.absmax.double()[(grid.skip + row + first) // grid.blocksize]
-    absmax = pad((absmax / form.lookup.scale).float(), many_n * form.columns, many_k * form.groups)
-    cut = absmax.view(many_n, form.columns, many_k, form.groups)
-    return cut.transpose(1, 2).contiguous()
+    device, columns, groups = grid.absmax.device, form.columns, form.groups
+    spread = torch.zeros((many_n, many_k, columns, groups), dtype=torch.float32, device=device)
+    first = grid.skip + torch.arange(0, form.in_features, form.group, device=device)
+    step = max(1, SLAB // (many_k * form.tile * columns))
+    for at in range(0, many_n, step):
+        outputs = range(at * columns, min((at + step) * columns, form.out_features))
+        row = torch.arange(outputs.start, outputs.stop, device=device)[:, None] * form.in_features
+        absmax = grid.absmax[(row + first) // grid.blocksize].double() / form.lookup.scale
+        tiles = min(step, many_n - at)
+        cut = pad(absmax.float(), tiles * columns, many_k * groups)
+        cut = cut.view(tiles, columns, many_k, groups)
+        spread[at : at + tiles] = cut.transpose(1, 2)
+    return spread
 
 
 def reference(operands: Sequence[Tensor]) -> Tensor:

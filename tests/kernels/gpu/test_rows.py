@@ -121,6 +121,31 @@ def test_many_tokens(device, monkeypatch):
     assert relative(found, x.double() @ weight.dequantize().double().T) < 1e-2
 
 
+def test_opcheck(device):
+    weight = draw(72, 256, device)
+    operands = operands_of(weight, BF16, device)
+    for x, bias in (
+        (torch.randn(3, 256), None),
+        (torch.randn(2, 5, 256).requires_grad_(), torch.randn(72)),
+        (torch.randn(3, 512)[:, ::2], torch.randn(72)),
+        (torch.randn(0, 256), None),
+    ):
+        x = x.detach().to(device, BF16).requires_grad_(x.requires_grad)
+        bias = None if bias is None else bias.to(device, BF16)
+        arguments = (x, operands, bias, rows.KERNEL.name, 72)
+        torch.library.opcheck(torch.ops.qplug.apply_linear.default, arguments)
+
+
+def test_without_the_interpreter_a_cpu_has_the_definition(device, monkeypatch):
+    weight = draw(72, 256, torch.device("cpu"))
+    operands = operands_of(weight, F16, torch.device("cpu"))
+    monkeypatch.setattr("qplug_kernels.gpu.compat.interpreted", lambda: False)
+    x = torch.randn(3, 256).half()
+    found = rows.run(x, operands, None)
+    assert relative(found, x.double() @ weight.dequantize().double().T) < 1e-3
+    assert relative(rows.decode_all(operands), weight.dequantize().double()) < 1e-3
+
+
 def test_gradients_go_through_the_weight(device):
     weight = draw(40, 96, device)
     tensors = rows.prepare(weight, Problem.here(weight, F16, device))
