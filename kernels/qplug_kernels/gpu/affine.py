@@ -57,7 +57,8 @@ def affine_kernel(
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     WORDS: tl.constexpr = 3 if BITS == 3 else 1
     EACH: tl.constexpr = PLANES // GROUPS
-    tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Programs that follow each other read the same weights.
+    tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last = loop.share(many_k, splits, split)
     tokens = tile_m * BM + tl.arange(0, BM)
     rows = tokens < M
@@ -97,7 +98,7 @@ def affine_kernel(
         if not SHIFT:
             s += GROUPS * BN
     loop.finish(
-        acc, y, bias, partial, count, tile_m * tl.num_programs(0) + tile_n, split, splits, tokens,
+        acc, y, bias, partial, count, tile_m * tl.num_programs(1) + tile_n, split, splits, tokens,
         tile_n * BN + column, M, N, BN, BM, SPLIT, BIAS, DTYPE, WIDE,
     )  # fmt: skip
 
@@ -251,7 +252,7 @@ def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: C
     space = workspace.of(x.device)
     splits = config.splits_within(form, blocks, workspace.FLOATS, workspace.COUNTERS)
     with compat.on(x.device):
-        affine_kernel[many_n, splits, blocks](
+        affine_kernel[blocks, many_n, splits](
             x, words, scales, words if order is None else order, y if bias is None else bias, y,
             space.partial, space.count, tokens, form.out_features, width, x.stride(0), many_k,
             splits, **constants(form, config.ptx, interpreted),

@@ -192,10 +192,9 @@ def reach(COUNT: tl.constexpr, KP: tl.constexpr, JOINED: tl.constexpr):
 
 @jit
 def share(tiles, splits, split):
-    """Return the first tile of a split and the one after its last."""
+    """Return the first tile of a split and the one after its last: none if that is before."""
     each = (tiles + splits - 1) // splits
-    first = tl.minimum(split * each, tiles)
-    return first, tl.minimum(first + each, tiles)
+    return split * each, tl.minimum(split * each + each, tiles)
 
 
 @jit
