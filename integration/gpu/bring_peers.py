@@ -133,6 +133,20 @@ def thinned(library: bytes, arch: int) -> tuple[bytes, int]:
     return bytes(data), left
 
 
+def platforms(python: str) -> list[str]:
+    """Return pip's options for wheels of another Python on x86-64 Linux.
+
+    pip matches the names of platforms exactly, so all that are in use are named.
+    """
+    options = ["--only-binary", ":all:", "--python-version", python, "--implementation", "cp"]
+    numbers = (5, 12, 14, 17, 18, 24, 25, 26, 27, 28, 31, 34, 35)
+    names = [f"manylinux_2_{number}" for number in numbers]
+    names += ["manylinux1", "manylinux2010", "manylinux2014"]
+    for name in names:
+        options += ["--platform", f"{name}_x86_64"]
+    return [*options, "--platform", "any"]
+
+
 def download(peer: Peer, folder: Path, python: str) -> Path:
     """Fetch one distribution through pip.
 
@@ -146,10 +160,7 @@ def download(peer: Peer, folder: Path, python: str) -> Path:
         # pip asks a source distribution for its metadata, with the setuptools that is here.
         command += ["--no-build-isolation", "--no-binary", ":all:"]
     else:
-        command += ["--only-binary", ":all:", "--python-version", python, "--implementation", "cp"]
-        for newest in (17, 24, 27, 28, 31, 34, 35):
-            command += ["--platform", f"manylinux_2_{newest}_x86_64"]
-        command += ["--platform", "manylinux2014_x86_64", "--platform", "any"]
+        command += platforms(python)
     before = set(folder.iterdir())
     subprocess.run([*command, f"{peer.name}=={peer.version}"], check=True)
     [found] = set(folder.iterdir()) - before
