@@ -84,6 +84,14 @@ def time_group(
     return rows, failed
 
 
+def alive(device: str) -> bool:
+    """Whether a device still computes: an illegal access ends all work of its process."""
+    try:
+        return float(torch.ones(2, device=device).sum()) == 2
+    except RuntimeError:
+        return False
+
+
 def time_all(
     groups: Sequence[Group],
     adapters: Sequence[Adapter],
@@ -95,9 +103,10 @@ def time_all(
 ) -> None:
     """Time what was found right, into `result`, until it is late."""
     right = {checked.key for checked in result.checked if not checked.reason}
+    dead = False
     for group in groups:
         for adapter in adapters:
-            if late():
+            if dead or late():
                 result.dropped += [
                     f"{adapter.name} {group.form.name} {group.linear.name} {count}"
                     for count in group.tokens
@@ -107,6 +116,9 @@ def time_all(
             rows, failed = time_group(group, adapter, right, device, clock)
             result.rows += rows
             result.checked += failed
+            if failed and not alive(device):
+                result.dropped.append(f"{adapter.name} broke the device: nothing ran after it")
+                dead = True
         keep()
 
 

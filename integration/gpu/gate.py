@@ -28,6 +28,8 @@ from .peers import ADAPTERS
 
 PROCESSES = 12
 
+UNFINISHED = "its check was not finished in time"
+
 Key = tuple[str, str, str, int]
 
 
@@ -206,7 +208,7 @@ def run(
             process.wait()
     results = []
     for at, task in enumerate(tasks):
-        why = ended.get(at, "its check was not finished in time")
+        why = ended.get(at, UNFINISHED)
         results += fill(read(folder / f"{at}.jsonl"), expected_of(task, groups), why)
     return results
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import Side
-from .gate import Checked
+from .gate import UNFINISHED, Checked
 from .machine import Limits
 
 SCHEMA = 1
@@ -114,8 +114,9 @@ class Result:
 
     @property
     def wrong(self) -> list[Checked]:
-        """What qplug multiplied wrongly, or not at all."""
-        return [one for one in self.checked if one.adapter == Side.QPLUG and one.reason]
+        """What qplug multiplied wrongly, or failed to; what there was no time for is neither."""
+        ours = [one for one in self.checked if one.adapter == Side.QPLUG]
+        return [one for one in ours if one.reason not in ("", UNFINISHED)]
 
 
 def best(rows: Iterable[Row], row: Row, side: Side) -> tuple[float, str] | None:

@@ -105,6 +105,23 @@ def test_a_failure_while_timing_costs_one_row_and_is_told():
     }
 
 
+def test_nothing_is_asked_of_a_device_that_is_broken(monkeypatch):
+    def breaks(weight, form):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    both = [adapter("bad", breaks), adapter("cublas", prepare_dense)]
+    result = Result({}, checked=all_right(both))
+    monkeypatch.setattr(bench, "alive", lambda device: False)
+    time_all(both, result)
+    assert not result.rows
+    assert "bad broke the device: nothing ran after it" in result.dropped
+    assert "cublas int4 tiny 1" in result.dropped
+
+
+def test_a_device_that_computes_is_alive():
+    assert bench.alive("cpu")
+
+
 def test_calls_take_turns_over_copies():
     seen = []
     tensor = torch.ones(4)

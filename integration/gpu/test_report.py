@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from . import report
+from . import gate, report
 from .gate import Checked
 from .machine import Limits
 from .report import Result, Row, lines, narrow_targets, targets
@@ -93,6 +93,7 @@ def test_reasons_are_told_once_with_their_forms():
 
 def test_only_qplugs_faults_make_a_run_fail():
     result = Result({}, checked=[Checked("marlin", "int4", "o", 1, "wrong", 1.0, True)])
+    result.checked.append(Checked("qplug", "int4", "o", 4, gate.UNFINISHED))
     assert not result.wrong
     result.checked.append(Checked("qplug", "int4", "o", 1, "its process ended by signal 11"))
     assert len(result.wrong) == 1
