@@ -149,6 +149,7 @@ def facts(weight: QuantizedWeight) -> Mapping[str, Any]:
             "act_order": _out_of_order(grid, in_features),
             "run": _run(grid, in_features),
             "highest_zero": int(grid.zeros.max()) if grid.zeros.numel() else 0,
+            "midpoint": bool((grid.zeros == 1 << (weight.bits - 1)).all()),
             "scale_dtype": grid.scales.dtype,
             "scales_fit_f16": _fit_f16(grid.scales),
             "offsets_fit_f16": _within(grid.scales.float() * grid.zeros, torch.float16),

@@ -60,7 +60,7 @@ class Prepared:
     @property
     def dense_weight(self) -> Tensor | None:
         """The weight `[out, in]` in `dtype` where that is all there is, else `None`."""
-        if not _kernel(self.kernel).dense:
+        if not kernel_named(self.kernel).dense:
             return None
         [weight] = self.tensors.values()
         return weight
@@ -92,15 +92,26 @@ def prepare(
     device = torch.device(device)
     weight = weight.to(device)
     problem = Problem.here(weight, dtype, device)
-    force = os.environ.get("QPLUG_KERNEL") or None
-    choice = choose(problem, force=force)
+    kernel = select(problem)
     tensors = {
         name: tensor.contiguous().to(device)
-        for name, tensor in choice.kernel.prepare(weight, problem).items()
+        for name, tensor in kernel.prepare(weight, problem).items()
     }
-    prepared = Prepared(choice.kernel.name, weight.in_features, weight.out_features, dtype, tensors)
+    return Prepared(kernel.name, weight.in_features, weight.out_features, dtype, tensors)
+
+
+def select(problem: Problem) -> Kernel:
+    """Choose a kernel, the one that `QPLUG_KERNEL` names if it does, and say so in the log.
+
+    Raises
+    ------
+    QplugError
+        If the one that is named cannot.
+    """
+    force = os.environ.get("QPLUG_KERNEL") or None
+    choice = choose(problem, force=force)
     _log(choice, problem, "QPLUG_KERNEL asks for it" if force else choice.reasons)
-    return prepared
+    return choice.kernel
 
 
 @cache
@@ -129,7 +140,8 @@ def _log(choice: Choice, problem: Problem, reasons: str) -> None:
 
 
 @cache
-def _kernel(name: str) -> Kernel:
+def kernel_named(name: str) -> Kernel:
+    """Return a kernel of `KERNELS`."""
     from . import KERNELS
 
     return next(kernel for kernel in KERNELS if kernel.name == name)
@@ -139,10 +151,10 @@ def _multiply(
     x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, kernel: str, out_features: int
 ) -> Tensor:
     if x.dim() == 2 and x.shape[0] > 0:
-        return _kernel(kernel).run(x, operands, bias)
+        return kernel_named(kernel).run(x, operands, bias)
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], out_features))
-    flat = _kernel(kernel).run(x.reshape(-1, x.shape[-1]), operands, bias)
+    flat = kernel_named(kernel).run(x.reshape(-1, x.shape[-1]), operands, bias)
     return flat.view(*x.shape[:-1], out_features)
 
 
@@ -163,7 +175,7 @@ def _fake(
 @torch.library.custom_op("qplug::apply_linear_backward", mutates_args=())
 def _backward_op(grad: Tensor, operands: Sequence[Tensor], kernel: str, in_features: int) -> Tensor:
     flat = grad.reshape(-1, grad.shape[-1])
-    weight = _kernel(kernel).dequantize(operands)
+    weight = kernel_named(kernel).dequantize(operands)
     return (flat @ weight).view(*grad.shape[:-1], in_features)
 
 

@@ -61,6 +61,8 @@ class Problem:
         what it is without act order.
     highest_zero
         The highest zero (value subtracted); 0 where codes have none.
+    midpoint
+        Whether every zero is the middle of the codes, as on symmetric grids.
     table
         The entries of a codebook.
     scale_dtype
@@ -96,6 +98,7 @@ class Problem:
     act_order: bool = False
     run: int = 0
     highest_zero: int = 8
+    midpoint: bool = False
     table: tuple[float, ...] = ()
     scale_dtype: torch.dtype = torch.float16
     scales_fit_f16: bool = True

@@ -14,7 +14,7 @@ from itertools import product
 
 import torch
 
-from .linear import Prepared, _kernel, apply_linear
+from .linear import Prepared, apply_linear, kernel_named
 
 TOKENS = (1, 8, 9, 16, 32, 64, 65)
 """Numbers of tokens that meet every kernel: the ends of the ranges that `configs` makes."""
@@ -45,7 +45,7 @@ def warm_up(
     kinds: dict[object, Prepared] = {}
     for linear in linears:
         shapes = tuple((tensor.dtype, tensor.shape) for tensor in linear.tensors.values())
-        if _kernel(linear.kernel).device == "cuda":
+        if kernel_named(linear.kernel).device == "cuda":
             kinds.setdefault((linear.kernel, _device(linear), shapes), linear)
     # Threads start with the default stream: operands may still be on their way on this one.
     streams = {

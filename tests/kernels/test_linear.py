@@ -56,7 +56,7 @@ def kernel_dtype(request, monkeypatch):
 
 
 def prepare_or_skip(weight, name, dtype):
-    kernel = linear._kernel(name)
+    kernel = linear.kernel_named(name)
     reason = kernel.cannot(Problem.here(weight, dtype))
     if reason is not None:
         pytest.skip(reason)

@@ -35,6 +35,7 @@ from .compat import jit_for_any, tl
 from .configs import Config
 from .form import Form
 from .gather import gather
+from .routing import Routing, extent
 
 FEW = 256
 """Most tokens of the loop over packed words. By arithmetic alone (H200, 4096 x 28672, 4 bits): each
@@ -51,28 +52,42 @@ def affine_kernel(
     GROUPS: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr, BIAS: tl.constexpr, GATHER: tl.constexpr, JOINED: tl.constexpr,
     DTYPE: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr, TEXTS: tl.constexpr,
-    CONSTRAINTS: tl.constexpr, STAGES: tl.constexpr,
+    CONSTRAINTS: tl.constexpr, STAGES: tl.constexpr, pairs=None, experts=None,
+    weights=None, share=1,
 ):  # fmt: skip
-    """Multiply one tile of outputs by BM tokens over one split of K."""
+    """Multiply one tile of outputs by BM tokens over one split of K.
+
+    With `experts`, by BM pairs of a block of `routing`, and the tile is one of that expert.
+    """
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     WORDS: tl.constexpr = 3 if BITS == 3 else 1
     EACH: tl.constexpr = PLANES // GROUPS
     # Programs that follow each other read the same weights.
     tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last = loop.share(many_k, splits, split)
-    tokens = tile_m * BM + tl.arange(0, BM)
+    tile, tokens = tile_n, tile_m * BM + tl.arange(0, BM)
+    source = tokens
+    if experts is not None:
+        expert = tl.load(experts + tile_m)
+        if expert < 0:
+            return
+        tile += expert * tl.num_programs(1)
+        tokens = tl.load(pairs + tokens)
+        source = tokens // share
+        if GATHER:
+            order += expert.to(tl.int64) * (many_k * PLANES * KP)
     rows = tokens < M
     column = tl.arange(0, BN)
-    start = tile_n.to(tl.int64) * many_k
+    start = tile.to(tl.int64) * many_k
     w = words + (start + first) * (WORDS * BN * KP)
     w += column[:, None] * KP + tl.arange(0, KP)[None, :]
     if SHIFT:
         groups = (many_k + (1 << SHIFT) - 1) >> SHIFT
-        s = scales + tile_n.to(tl.int64) * groups * BN + column[:, None]
+        s = scales + tile.to(tl.int64) * groups * BN + column[:, None]
     else:
         s = scales + (start + first) * (GROUPS * BN)
         s += column[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-    xp = x + tokens.to(tl.int64)[:, None] * x_stride
+    xp = x + source.to(tl.int64)[:, None] * x_stride
     if not GATHER:
         xp += first * (PLANES * KP) + loop.reach(EACH, KP, JOINED)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
@@ -97,9 +112,11 @@ def affine_kernel(
             xp += PLANES * KP
         if not SHIFT:
             s += GROUPS * BN
+    if weights is not None:
+        acc *= tl.load(weights + tokens, mask=rows, other=0.0)[None, :]
     loop.finish(
         acc, y, bias, partial, count, tile_m * tl.num_programs(1) + tile_n, split, splits, tokens,
-        tile_n * BN + column, M, N, BN, BM, SPLIT, BIAS, DTYPE, WIDE,
+        tile_n * BN + column, M, N, BN, BM, SPLIT, BIAS, DTYPE, WIDE or weights is not None,
     )  # fmt: skip
 
 
@@ -237,18 +254,28 @@ def write_slab(operands: Sequence[Tensor], form: Form, tile: int, slab: Tensor) 
         )  # fmt: skip
 
 
-def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: Config) -> Tensor:
-    """Multiply `x [M, K]` with one launch, and one that gathers, whatever M."""
+def launch(
+    x: Tensor,
+    operands: Sequence[Tensor],
+    bias: Tensor | None,
+    config: Config,
+    routing: Routing | None = None,
+) -> Tensor:
+    """Multiply `x [M, K]` with one launch, and one that gathers, whatever M.
+
+    With `routing`, operands are those of the first of the experts, which lie one behind the other;
+    what each of them gathers it gathers in the loop.
+    """
     form = Form.of(operands)
     words, scales, _, *ordered = operands
     order = ordered[0] if ordered else None
-    if order is not None and not config.gathers:
+    if order is not None and routing is None and not config.gathers:
         x, order = gather(x, order), None
     x = planes.aligned(x)
-    (tokens, width), (many_n, many_k) = x.shape, form.tiles
+    width, (many_n, many_k) = x.shape[1], form.tiles
+    tokens, blocks, dtype, more = extent(x, config.tokens, routing)
     interpreted = compat.interpreted()
-    y = x.new_empty((tokens, form.out_features), dtype=torch.float32 if interpreted else x.dtype)
-    blocks = -(-tokens // config.tokens)
+    y = x.new_empty((tokens, form.out_features), dtype=torch.float32 if interpreted else dtype)
     space = workspace.of(x.device)
     splits = config.splits_within(form, blocks, workspace.FLOATS, workspace.COUNTERS)
     with compat.on(x.device):
@@ -259,9 +286,9 @@ def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: C
             BM=config.tokens, SPLIT=splits > 1, EVEN_K=form.places % form.tile == 0,
             BIAS=bias is not None, GATHER=order is not None,
             JOINED=config.joined, STAGES=config.stages,
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, **more,
         )  # fmt: skip
-    return y.to(x.dtype) if interpreted else y
+    return y.to(dtype)
 
 
 def decode_all(operands: Sequence[Tensor]) -> Tensor:

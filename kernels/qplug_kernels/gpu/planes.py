@@ -184,7 +184,7 @@ def choose_form(weight: QuantizedWeight, problem: Problem, places: Places) -> Fo
         rows //= 2
     tile = PLANES[bits] * rows
     group = effective_group(places.unit, tile, count)
-    symmetric = group < tile and bool((weight.affine.zeros == 1 << (bits - 1)).all())
+    symmetric = group < tile and problem.midpoint and bits == weight.bits
     return Form(
         weight.out_features,
         weight.in_features,

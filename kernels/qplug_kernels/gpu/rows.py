@@ -37,6 +37,7 @@ from . import asm, compat, configs, dequantize, loop, planes, workspace
 from .compat import jit, jit_for_any, tl
 from .configs import Config
 from .form import COLUMNS, Form
+from .routing import Routing, extent
 
 FEW = 256
 """Most tokens that are multiplied without the weight in memory."""
@@ -62,19 +63,29 @@ def rows_kernel(
     BN: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr, BIAS: tl.constexpr, JOINED: tl.constexpr, DTYPE: tl.constexpr,
     WIDE: tl.constexpr, TEXTS: tl.constexpr, CONSTRAINTS: tl.constexpr,
+    pairs=None, experts=None, weights=None, share=1,
 ):  # fmt: skip
     """Multiply one tile of outputs by BM tokens over one split of K.
 
-    Programs of the same weights follow each other: all but the first find them in the cache.
+    Programs of the same weights follow each other: all but the first find them in the cache. With
+    `experts`, tokens are pairs of a block of `routing`, and the tile is one of that block's expert.
     """
     tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last = loop.share(many_k, splits, split)
-    tokens = tile_m * BM + tl.arange(0, BM)
+    tile, tokens = tile_n, tile_m * BM + tl.arange(0, BM)
+    source = tokens
+    if experts is not None:
+        expert = tl.load(experts + tile_m)
+        if expert < 0:
+            return
+        tile += expert * tl.num_programs(1)
+        tokens = tl.load(pairs + tokens)
+        source = tokens // share
     rows = tokens < M
     column = tl.arange(0, BN)
-    w = words + (tile_n.to(tl.int64) * many_k + first) * (BN * KP)
+    w = words + (tile.to(tl.int64) * many_k + first) * (BN * KP)
     w += column[:, None] * KP + tl.arange(0, KP)[None, :]
-    xp = x + tokens.to(tl.int64)[:, None] * x_stride
+    xp = x + source.to(tl.int64)[:, None] * x_stride
     xp += first * (2 * KP) + loop.reach(2, KP, JOINED)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     for t in range(first, last):
@@ -86,10 +97,12 @@ def rows_kernel(
         )
         w += BN * KP
         xp += 2 * KP
-    acc = acc * tl.load(scales + tile_n * BN + column)[:, None]
+    acc = acc * tl.load(scales + tile * BN + column)[:, None]
+    if weights is not None:
+        acc *= tl.load(weights + tokens, mask=rows, other=0.0)[None, :]
     loop.finish(
         acc, y, bias, partial, count, tile_m * tl.num_programs(1) + tile_n, split, splits, tokens,
-        tile_n * BN + column, M, N, BN, BM, SPLIT, BIAS, DTYPE, WIDE,
+        tile_n * BN + column, M, N, BN, BM, SPLIT, BIAS, DTYPE, WIDE or weights is not None,
     )  # fmt: skip
 
 
@@ -197,15 +210,24 @@ def reference(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Ten
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
-def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: Config) -> Tensor:
-    """Multiply `x [M, K]` with one launch, whatever M."""
+def launch(
+    x: Tensor,
+    operands: Sequence[Tensor],
+    bias: Tensor | None,
+    config: Config,
+    routing: Routing | None = None,
+) -> Tensor:
+    """Multiply `x [M, K]` with one launch, whatever M.
+
+    With `routing`, operands are those of the first of the experts, which lie one behind the other.
+    """
     form = Form.of(operands)
     words, scales = operands[:2]
     x = planes.aligned(x)
-    (tokens, width), (many_n, many_k) = x.shape, form.tiles
+    width, (many_n, many_k) = x.shape[1], form.tiles
+    tokens, blocks, dtype, more = extent(x, config.tokens, routing)
     wide = compat.interpreted()
-    y = x.new_empty((tokens, form.out_features), dtype=torch.float32 if wide else x.dtype)
-    blocks = -(-tokens // config.tokens)
+    y = x.new_empty((tokens, form.out_features), dtype=torch.float32 if wide else dtype)
     space = workspace.of(x.device)
     splits = config.splits_within(form, blocks, workspace.FLOATS, workspace.COUNTERS)
     with compat.on(x.device):
@@ -214,9 +236,9 @@ def launch(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, config: C
             form.out_features, width, x.stride(0), many_k, splits, **_constants(form, config.ptx),
             BM=config.tokens, SPLIT=splits > 1, EVEN_K=width % form.tile == 0,
             BIAS=bias is not None, JOINED=config.joined, num_warps=config.warps,
-            num_stages=config.stages,
+            num_stages=config.stages, **more,
         )  # fmt: skip
-    return y.to(x.dtype) if wide else y
+    return y.to(dtype)
 
 
 def write_slab(operands: Sequence[Tensor], form: Form, tile: int, slab: Tensor) -> None:
