@@ -32,13 +32,16 @@ from typing import Any
 
 from qplug_converters.errors import QplugError
 
-from . import compat
-from .planes import Tiled
+from . import compat, nibbles
+from .form import Form, Tiled
 
 LOG = logging.getLogger("qplug")
 
 SCHEMA = 1
 PACKAGE = Path(__file__).resolve().parents[1] / "configs"
+
+LAYOUTS: Mapping[type, str] = {Form: "planes", nibbles.Form: "nibbles"}
+"""What a layout is called in a table, by the class of its numbers."""
 
 BUCKETS = (8, 16, 32, 64)
 """Rows are for numbers of tokens up to one of these, and above the one before."""
@@ -181,7 +184,7 @@ def purpose(form: Tiled, tokens: int) -> dict[str, Any]:
     Features are those of the linear; `find` takes the nearest.
     """
     return {
-        "layout": type(form).__module__.rpartition(".")[2],
+        "layout": LAYOUTS[type(form)],
         "bits": 16 * form.words * form.rows // form.tile,
         "dtype": str(form.dtype).removeprefix("torch."),
         "group": form.group,
