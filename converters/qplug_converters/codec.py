@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from . import bitstream, tiles, words, zeros
+from . import bitstream, spread, tiles, words, zeros
 from .errors import QplugError
 from .layout import Holds, Layout, Packing, Part, swapped
 from .scheme import Codebook, Kind, Scheme
@@ -100,17 +100,18 @@ def unpack_part(part: Part, stored: Tensor, sizes: Mapping[str, int]) -> Tensor:
         return plain.contiguous()
     if (route := _route(part, sizes["inp"])) is not None:
         transposed, codes_transposed = route
-        words_of = _as_int32(stored.cpu())
+        words_of = _as_int32(stored)
         if part.packing.word != "I32":
             words_of = words_of.reshape(sizes["out"], -1)
-        return words.unpack(
+        unpack = words.unpack if stored.device.type == "cpu" else spread.unpack
+        return unpack(
             words_of,
             part.packing.bits,
             sizes["out"] if codes_transposed else sizes["inp"],
             order=_order(part.packing),
             transposed=transposed,
             codes_transposed=codes_transposed,
-        ).to(stored.device)
+        )
     return _literal_unpack(part, stored, sizes).to(stored.device)
 
 

@@ -128,13 +128,17 @@ class QuantLinear(nn.Linear):
 
     def prepare_for(self, dtype: torch.dtype, device: torch.device) -> Any:
         """Return the run-time pack for activations of this kind, made if need be."""
-        wanted = (dtype, device)
-        if self._prepared_for == wanted:
+        if self._prepared_for == (dtype, device):
             return self._prepared
+        return self._prepare_for(dtype, device)
+
+    # Decoding is no part of a graph: a model whose first call is compiled would trace it.
+    @torch.compiler.disable
+    def _prepare_for(self, dtype: torch.dtype, device: torch.device) -> Any:
         self.drop_pack()  # two packs at once are twice the memory
         prepared = prepare(self.quantized_weight(), dtype, device)
         if self.keeps_pack:
-            self._prepared, self._prepared_for = prepared, wanted
+            self._prepared, self._prepared_for = prepared, (dtype, device)
         return prepared
 
     def drop_pack(self) -> None:
@@ -163,9 +167,12 @@ class QuantLinear(nn.Linear):
             else:
                 self._buffers[name] = tensor.to(device)
         if self._prepared_for is not None:
-            at = self._prepared_for[1]
-            if any(tensor.device != at for tensor in self.stored.values()):
+            dtype, at = self._prepared_for
+            device = next(iter(self.stored.values())).device
+            if device != at:
                 self.drop_pack()
+                if device.type not in ("cpu", "meta"):  # where models are compiled as a whole
+                    self.prepare_for(dtype, device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -129,6 +129,10 @@ class QplugLinearMethod(LinearMethodBase):
             self.unquantized.process_weights_after_loading(layer)
         else:
             layer.qplug = tuple(prepared)
+            # vLLM's sleep keeps what a layer names, and nothing else of a discarded card.
+            for place, one in enumerate(prepared):
+                for name, tensor in one.tensors.items():
+                    layer.register_buffer(f"qplug_{place}_{name}", tensor, persistent=False)
             operand = next(iter(prepared[0].tensors.values()))
             layer.qweight = torch.nn.Parameter(operand, requires_grad=False)  # shares its memory
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qplug_converters import threads, tiles, words
+from qplug_converters import spread, threads, tiles, words
 from qplug_converters.tiles import Form, Kind, translate
 from qplug_converters.words import pack, unpack
 
@@ -57,6 +57,55 @@ def strided(tensor: Tensor, how: int) -> Tensor:
     else:
         view = torch.full((rows, columns + 1), 7, dtype=tensor.dtype)[:, 1:]
     return view.copy_(tensor)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    bits_and_order,
+    st.integers(0, 40),
+    st.integers(0, 150),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_spreading_on_a_device_is_the_same(
+    packing: tuple[int, tuple[int, ...]],
+    rows: int,
+    n: int,
+    transposed: bool,
+    codes_transposed: bool,
+    seed: int,
+) -> None:
+    """What runs on a GPU, run on the CPU; bits past the last code are not looked at."""
+    bits, order = packing
+    random = torch.Generator().manual_seed(seed)
+    w = -(-n * bits // 32)
+    shape = (w, rows) if transposed else (rows, w)
+    stored = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, generator=random)
+    how = {"transposed": transposed, "codes_transposed": codes_transposed, "order": order}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(spread, "SLAB", 256)
+        found = spread.unpack(stored, bits, n, **how)
+    assert found.is_contiguous()
+    assert torch.equal(found, unpack(stored, bits, n, **how))
+
+
+def test_parts_on_a_device_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device other than the CPU takes that way: `meta` computes nothing, and shapes suffice."""
+    from qplug_converters.codec import unpack_part
+    from qplug_converters.formats import find
+    from qplug_converters.layout import Holds
+    from qplug_converters.scheme import Scheme
+
+    for name in ("gptq", "awq", "compressed-tensors"):
+        known = find(name)
+        scheme = known.adopt(Scheme(32, 64, 4, 32))
+        part = known.layout(scheme).part(Holds.CODES)
+        assert part is not None
+        stored = torch.empty(part.spec(scheme.sizes).shape, dtype=torch.int32, device="meta")
+        monkeypatch.setattr(words, "unpack", None)
+        found = unpack_part(part, stored, scheme.sizes)
+        assert (found.device.type, found.shape) == ("meta", (32, 64))
 
 
 @pytest.fixture(scope="class", params=[False, True], ids=["one block", "many blocks"])

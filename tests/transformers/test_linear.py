@@ -103,6 +103,19 @@ def test_pack_follows_the_activations():
     assert linear._prepared is None
 
 
+def test_the_first_call_may_be_a_compiled_one():
+    """The pack is then made outside the graph, which was traced into NumPy otherwise."""
+    linear = make()
+    x = torch.randn(3, linear.in_features)
+    expected = linear(x)
+    linear.drop_pack()
+    compiled = torch.compile(linear, backend="eager")
+    assert torch.equal(compiled(x), expected)
+    torch._dynamo.reset()
+    # With its pack it is one graph.
+    assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(x), expected)
+
+
 def test_pack_is_no_state():
     linear = make(bias=True)
     x = torch.randn(1, linear.in_features)
