@@ -5,9 +5,14 @@
     x       [M, K]    of x   the activations, inputs at the places of the layout
     result  [M, N]    of x   x @ slab.T + bias, slab by slab
 
-A slab is as large as stays in the second-level cache between the two kernels, so that most of it is
-neither written to memory nor read back. It is larger where so few outputs would not occupy the
-card: the matmul's tiles of 128 x 128 are to fill all multiprocessors `WAVES` times.
+A slab is as large as stays in the second-level cache between both kernels (`SHARE`), so that most
+of it is neither written to memory nor read back. Where so few outputs would not occupy the card it
+is larger, up to `MOST`, and passes through memory: the matmul's tiles of 128 x 128 are to fill all
+multiprocessors `WAVES` times. On an H200 slabs stay in the cache from about 3000 tokens on for 4096
+inputs (22 MB), and are 56 MB at 1024. No more than one slab is allocated at a time.
+
+Repeated calls give the same bits where torch's matmul does: that is the promise of its library, for
+one version, card and shape, and not of this file.
 
 Through memory the weights cost 2 * (bits / 8 + 2) bytes each. What that is worth against a fused
 kernel, and so from how many tokens it is used, is arithmetic so far (H200, 4096 x 28672, int4: 69
@@ -34,6 +39,9 @@ TILE = 128
 
 WAVES = 4
 """How often a slab's matmul is to fill the card: its last wave is then at least 4/5 full."""
+
+MOST = 64 << 20
+"""Bytes of a slab, whatever the card would like: a layer of an 8B model has seven times that."""
 
 
 @jit
@@ -78,7 +86,8 @@ def rows_of(tokens: int, outputs: int, places: int, columns: int, device: torch.
     cached, multiprocessors = _card(device)
     in_cache = int(cached * SHARE) // (2 * places)
     busy = -(-WAVES * multiprocessors // -(-tokens // TILE)) * TILE
-    slabs = max(1, outputs // max(in_cache, busy, columns))
+    busy = min(busy, MOST // (2 * places))
+    slabs = max(1, -(-outputs // max(in_cache, busy, columns)))
     return -(-outputs // slabs // columns) * columns
 
 

@@ -102,7 +102,6 @@ class Form:
         """The table as PRMT reads it."""
         return lookup(TABLES[self.table], self.dtype)
 
-    @property
     def layout(self) -> Layout:
         """Where codes lie (those of `Lookup.codes`), for a weight padded to whole tiles."""
         return Layout(

@@ -126,7 +126,7 @@ def test_packing_is_the_layout_executed(n, k, blocksize, dtype, device, monkeypa
     assert (form.out_features, form.in_features) == (n, k)
     padded = nibbles.pad(weight.codes, words.shape[0] * 128, words.shape[1] * form.tile)
     new = torch.tensor(form.lookup.codes, dtype=torch.uint8, device=device)[padded.int()]
-    part = form.layout.part(Holds.CODES)
+    part = form.layout().part(Holds.CODES)
     assert torch.equal(codec._literal_pack(part, new.cpu()).to(device), words)
     assert torch.equal(nibbles.unpack(words, form), weight.codes)
 

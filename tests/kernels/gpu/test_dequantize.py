@@ -79,7 +79,8 @@ H200 = (50 << 20, 132)
     [
         (4096, 28672, 4096, True),  # gate_up of 8B: ten slabs of 24 MB
         (4096, 4096, 14336, False),  # down: the cache holds 800 outputs, the card wants 2112
-        (512, 6144, 4096, False),  # so few tokens do not occupy the card twice
+        (1024, 28672, 4096, False),  # few tokens do not occupy the card with what the cache holds
+        (512, 57344, 8192, False),  # nor with what is allowed: 64 MB
     ],
 )
 def test_slabs_stay_in_the_cache_unless_the_card_would_idle(
@@ -88,9 +89,10 @@ def test_slabs_stay_in_the_cache_unless_the_card_would_idle(
     monkeypatch.setattr(dequantize, "_card", lambda _: H200)
     rows = dequantize.rows_of(tokens, outputs, places, 128, device)
     assert rows % 128 == 0
-    tiles = -(-tokens // 128) * min(rows, outputs) // 128
+    tiles = -(-tokens // 128) * rows // 128
     assert (2 * rows * places <= 0.5 * H200[0]) == cached
-    assert tiles >= 4 * 132 or rows >= outputs
+    assert 2 * rows * places <= dequantize.MOST
+    assert tiles >= 0.8 * 4 * 132 or 2 * rows * places > 0.8 * dequantize.MOST
 
 
 def test_slabs_are_alike(monkeypatch, device):
