@@ -26,6 +26,7 @@ def operands_of(weight, dtype, device):
         (140, 1008, 3, 1008, F16, {}),  # one group, K no multiple of a tile
         (64, 256, 8, 32, BF16, {}),
         (64, 528, 8, 48, F16, {}),
+        (20, 1536, 4, 512, F16, {}),  # groups of two tiles
         (130, 320, 4, 32, F16, {"act_order": True}),
         (40, 300, 3, 100, BF16, {"act_order": True}),  # places that hold no input
     ],
