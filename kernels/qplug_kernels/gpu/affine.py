@@ -168,8 +168,7 @@ def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
     device = weight.codes.device
     places = planes.arrange(weight, problem)
     form = planes.choose_form(weight, problem, places)
-    if device.type == "cuda":
-        workspace.reserve(device)
+    configs.ready(form, device)
     return planes.encode(weight, form, places)
 
 
@@ -213,9 +212,15 @@ def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
     ValueError
         If a shape, dtype, stride or device is not that of the table.
     """
+    form = planes.once(operands, layout)
+    planes.check_x(form, x, bias, operands[0].device)
+    return form
+
+
+def layout(operands: Sequence[Tensor]) -> Form:
+    """Return the layout of operands that fit it."""
     form = Form.of(operands)
     planes.check_operands(form, operands)
-    planes.check_x(form, x, bias, operands[0].device)
     return form
 
 

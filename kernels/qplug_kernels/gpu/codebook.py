@@ -153,8 +153,7 @@ def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
     grid, device = weight.grid, weight.codes.device
     assert isinstance(grid, CodebookGrid)
     form = nibbles.choose_form(problem)
-    if device.type == "cuda":
-        workspace.reserve(device)
+    configs.ready(form, device)
     return {
         "words": nibbles.pack(weight.codes, form),
         "absmax": nibbles.spread(grid, form),
@@ -170,6 +169,13 @@ def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
     ValueError
         If a shape, dtype, stride or device is not that of the table.
     """
+    form = planes.once(operands, layout)
+    planes.check_x(form, x, bias, operands[0].device)
+    return form
+
+
+def layout(operands: Sequence[Tensor]) -> Form:
+    """Return the layout of operands that fit it."""
     form = Form.of(operands)
     many_n, many_k = form.tiles
     wanted = (
@@ -178,7 +184,6 @@ def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
     )
     for tensor, (name, dtype, shape) in zip(operands, wanted, strict=False):
         planes.check_tensor(name, tensor, dtype, shape, operands[0].device)
-    planes.check_x(form, x, bias, operands[0].device)
     return form
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from ..problem import Problem
-from . import tables
+from . import tables, workspace
 from .compat import OLDEST, joins
 from .form import Tiled
 
@@ -126,8 +126,23 @@ def choose(form: Tiled, tokens: int, device: torch.device) -> Config:
     """Return the configuration for a number of tokens on a device: measured, or by the rule."""
     here = card(device)
     config = rule(form, tokens, here)
+    if tokens > tables.BUCKETS[-1]:
+        return config
     row = tables.find(form, tokens, here.arch, here.multiprocessors)
     return config if row is None else replace(config, **row.values())
+
+
+def ready(form: Tiled, device: torch.device) -> None:
+    """Do at load what is not to be done while serving: read tables, provide a workspace.
+
+    Raises
+    ------
+    QplugError
+        If a table of configurations cannot be read.
+    """
+    choose(form, 1, device)
+    if device.type == "cuda":
+        workspace.reserve(device)
 
 
 def cannot_triton(problem: Problem) -> str | None:

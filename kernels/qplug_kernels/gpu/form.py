@@ -31,6 +31,7 @@ COLUMNS = 128
 class Tiled(Protocol):
     """What a layout of tiles tells those that launch kernels; attributes are those of `Form`."""
 
+    def __hash__(self) -> int: ...
     @property
     def out_features(self) -> int: ...  # noqa: D102
     @property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .compat import jit_for_any, on, tl
+from .planes import aligned
 
 BLOCK = 1024
 """Places of a program."""
@@ -34,8 +35,7 @@ def gather_kernel(x, order, y, places, x_stride, BLOCK: tl.constexpr):
 
 def gather(x: Tensor, order: Tensor) -> Tensor:
     """Return `x [M, K]` at places `order [places]`."""
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = aligned(x)
     tokens, places = x.shape[0], order.shape[0]
     y = torch.empty((tokens, places), dtype=x.dtype, device=x.device)
     with on(x.device):

@@ -154,8 +154,7 @@ def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
     bf16 = problem.dtype == torch.bfloat16
     whole = -(-count // (2 * ROWS)) * 2 * ROWS
     form = Form(weight.out_features, count, count, 8, ROWS, COLUMNS, whole, bf16, False)
-    if device.type == "cuda":
-        workspace.reserve(device)
+    configs.ready(form, device)
     scales = grid.absmax.float() * INVERSE_127
     padding = form.tiles[0] * form.columns - weight.out_features
     return {
@@ -173,6 +172,13 @@ def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
     ValueError
         If a shape, dtype, stride or device is not that of the table.
     """
+    form = planes.once(operands, layout)
+    planes.check_x(form, x, bias, operands[0].device)
+    return form
+
+
+def layout(operands: Sequence[Tensor]) -> Form:
+    """Return the layout of operands that fit it."""
     form = Form.of(operands)
     many_n, many_k = form.tiles
     wanted = (
@@ -181,7 +187,6 @@ def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
     )
     for tensor, (name, dtype, shape) in zip(operands, wanted, strict=False):
         planes.check_tensor(name, tensor, dtype, shape, operands[0].device)
-    planes.check_x(form, x, bias, operands[0].device)
     return form
 
 

@@ -192,7 +192,7 @@ def purpose(form: Tiled, tokens: int) -> dict[str, Any]:
         "columns": form.columns,
         "out_features": form.out_features,
         "in_features": form.in_features,
-        "upto": next((most for most in BUCKETS if tokens <= most), BUCKETS[-1]),
+        "upto": next(most for most in BUCKETS if tokens <= most),
     }
 
 

@@ -5,12 +5,13 @@ launches, since the last program to arrive sets its own back. Two streams that s
 add each other's sums. A graph keeps the piece of the stream it was captured on: two graphs captured
 on one stream must not be replayed at the same time.
 
-A stream met while it is captured gets a piece that lies ready: every call outside a capture
-provides one more than the streams that are known.
+A stream met while it is captured gets a piece that lies ready: a linear that is prepared, and every
+call outside a capture, provide one more than the streams that are known.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
@@ -38,6 +39,16 @@ _LOCK = Lock()
 
 
 def _make(device: torch.device) -> Workspace:
+    """Allocate in a thread of its own.
+
+    While `torch.compile(mode="reduce-overhead")` runs a graph for the first time, what this thread
+    allocates belongs to the graph, which refuses memory that outlives it.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_allocate, device).result()
+
+
+def _allocate(device: torch.device) -> Workspace:
     partial = torch.empty(FLOATS, dtype=torch.float32, device=device)
     count = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     if device.type == "cuda":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qplug_converters.errors import QplugError
 from qplug_converters.weight import AffineGrid
 from qplug_kernels import Problem, apply_linear
-from qplug_kernels.gpu import affine, compat, configs, workspace
+from qplug_kernels.gpu import affine, compat, configs, planes, tables, workspace
 from qplug_kernels.gpu.configs import Config
 from qplug_kernels.gpu.form import Form
 from qplug_kernels.linear import Prepared
@@ -215,6 +216,35 @@ def test_compiled_with_gradients(prepared, device):
     apply_linear(x * 2, one).sum().backward()
     compiled(y).sum().backward()
     assert torch.equal(x.grad, y.grad)
+
+
+def test_one_token_at_any_stride_is_launched_alike(prepared, device):
+    wide = torch.zeros(3, 4097, dtype=torch.float16, device=device)
+    for x in (wide[:1, :4096], wide[:1, :4096].as_strided((1, 4096), (7, 1))):
+        assert planes.aligned(x).stride() == (4096, 1)
+        assert planes.aligned(x).data_ptr() == x.data_ptr()
+
+
+def test_operands_are_checked_once(prepared, device, monkeypatch):
+    _, one = prepared(40, 256, 64, torch.float16)
+    operands = list(one.tensors.values())
+    x = torch.zeros(2, 256, dtype=torch.float16, device=device)
+    form = affine.check(x, operands, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(planes, "check_operands", lambda *_: pytest.fail("again"))
+        assert affine.check(x, list(one.tensors.values()), None) == form
+    with pytest.raises(ValueError, match="scales is"):
+        affine.check(x, [operands[0], operands[1][:, :0], operands[2]], None)
+    assert affine.check(x, operands, None) == form
+
+
+def test_a_table_that_cannot_be_read_is_refused_at_load(prepared, tmp_path, monkeypatch):
+    (tmp_path / "configs.json").write_text("{")
+    monkeypatch.setenv("QPLUG_CONFIGS", str(tmp_path / "configs.json"))
+    tables.rows_for.cache_clear()
+    configs.choose.cache_clear()
+    with pytest.raises(QplugError, match=r"configs\.json"):
+        prepared(40, 256, 64, torch.float16)
 
 
 def test_gradients(prepared, device):

@@ -53,6 +53,13 @@ def test_without_a_table_the_rule_decides(monkeypatch):
     assert chosen(monkeypatch) == configs.rule(FORM, 16, CARD)
 
 
+def test_above_the_last_range_the_rule_decides(own, monkeypatch):
+    tables.write(own, table(replace(ROW, upto=64, tokens=64)))
+    assert chosen(monkeypatch, 64).splits == ROW.splits
+    for tokens in (65, 256):
+        assert chosen(monkeypatch, tokens) == configs.rule(FORM, tokens, CARD)
+
+
 def test_a_measured_row_is_taken_for_its_tokens_alone(own, monkeypatch):
     tables.write(own, table(ROW))
     found = chosen(monkeypatch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -59,6 +61,20 @@ def test_a_second_unknown_stream_under_capture_is_an_error(stream):
 def test_each_device_has_its_own(stream):
     other = workspace.of(torch.device("cuda", 1))
     assert stream(0) is not other
+
+
+def test_pieces_are_allocated_in_a_thread_of_their_own(monkeypatch):
+    threads = []
+    allocate = workspace._allocate
+
+    def allocated(device):
+        threads.append(threading.get_ident())
+        return allocate(device)
+
+    monkeypatch.setattr(workspace, "_allocate", allocated)
+    workspace.reserve(torch.device("cpu"))
+    assert len(threads) == 1
+    assert threads != [threading.get_ident()]
 
 
 def test_what_is_provided():
