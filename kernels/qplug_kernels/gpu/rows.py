@@ -43,7 +43,7 @@ FEW = 256
 """Most tokens that are multiplied without the weight in memory."""
 
 ROWS = 64
-"""KP. 128 saves 0.1 to 0.3 instructions per weight (2.0 instead of 2.1 on sm_80, 2.3 of 2.4 on sm_90,
+"""KP. 128 saves 0.1 to 0.3 instructions per weight (2.0 of 2.1 on sm_80, 2.3 of 2.4 on sm_90,
 16 tokens) and costs half as many registers more, spills some of them on sm_100, and takes twice the
 shared memory. A byte per weight leaves an H200 time for 7."""
 
