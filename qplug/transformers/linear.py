@@ -18,7 +18,7 @@ from qplug_converters.codec import TORCH_DTYPES, decode
 from qplug_converters.layout import Layout, TensorSpec
 from qplug_converters.scheme import Scheme
 from qplug_converters.weight import QuantizedWeight
-from qplug_kernels.linear import apply_linear, prepare
+from qplug_kernels.linear import Prepared, apply_linear, prepare
 
 
 def buffer_name(part: str) -> str:
@@ -73,7 +73,7 @@ class QuantLinear(nn.Linear):
         self.register_parameter("bias", None if value is None else nn.Parameter(value))
         # Transformers initializes every nn.Linear that does not say this, through `weight`.
         self._is_hf_initialized = True
-        self._prepared: Any = None
+        self._prepared: Prepared | None = None
         self._prepared_for: tuple[torch.dtype, torch.device] | None = None
         self.transposed = False
         """Whether the model had GPT-2's `Conv1D` here, for `dequantize`."""
@@ -126,20 +126,26 @@ class QuantLinear(nn.Linear):
         prepared = self.prepare_for(input.dtype, input.device)
         return apply_linear(input, prepared, bias)
 
-    def prepare_for(self, dtype: torch.dtype, device: torch.device) -> Any:
+    def prepare_for(self, dtype: torch.dtype, device: torch.device) -> Prepared:
         """Return the run-time pack for activations of this kind, made if need be."""
-        if self._prepared_for == (dtype, device):
+        if self._prepared is not None and self._prepared_for == (dtype, device):
             return self._prepared
-        return self._prepare_for(dtype, device)
+        made: Prepared = self._prepare_for(dtype, device)
+        return made
 
     # Decoding is no part of a graph: a model whose first call is compiled would trace it.
     @torch.compiler.disable
-    def _prepare_for(self, dtype: torch.dtype, device: torch.device) -> Any:
+    def _prepare_for(self, dtype: torch.dtype, device: torch.device) -> Prepared:
         self.drop_pack()  # two packs at once are twice the memory
         prepared = prepare(self.quantized_weight(), dtype, device)
         if self.keeps_pack:
             self._prepared, self._prepared_for = prepared, (dtype, device)
         return prepared
+
+    @property
+    def pack(self) -> Prepared | None:
+        """The run-time pack, if there is one at the moment."""
+        return self._prepared
 
     def drop_pack(self) -> None:
         """Forget the run-time pack; the next call makes it again."""

@@ -22,6 +22,7 @@ from qplug_converters.errors import MOST_SHOWN, QplugError, Unsupported
 from qplug_converters.format import Format
 from qplug_converters.layout import Holds, TensorSpec
 from qplug_converters.shards import Shards
+from qplug_kernels.warm import warm_up
 
 from . import compat
 from .experts import QuantExperts
@@ -98,9 +99,11 @@ class QplugQuantizer(HfQuantizer):
         with _told():
             if (getattr(model, "_tp_size", None) or 1) > 1:
                 raise Unsupported("tensor parallelism", "from_pretrained", "one device per linear")
-            for path, module in model.named_modules():
-                if isinstance(module, QuantLinear):
-                    _finish(path, module, dispatched=hasattr(model, "hf_device_map"))
+            linears = {p: m for p, m in model.named_modules() if isinstance(m, QuantLinear)}
+            for path, module in linears.items():
+                _finish(path, module, dispatched=hasattr(model, "hf_device_map"))
+        packs = [module.pack for module in linears.values() if module.pack is not None]
+        warm_up(packs, bias=any(module.bias is not None for module in linears.values()))
         _return_freed_memory()
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

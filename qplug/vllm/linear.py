@@ -17,6 +17,7 @@ from qplug_converters.layout import Layout
 from qplug_converters.scheme import Scheme
 from qplug_converters.weight import QuantizedWeight
 from qplug_kernels.linear import apply_linear, prepare
+from qplug_kernels.warm import warm_up
 
 from . import compat
 from .config import sentence
@@ -133,6 +134,8 @@ class QplugLinearMethod(LinearMethodBase):
             for place, one in enumerate(prepared):
                 for name, tensor in one.tensors.items():
                     layer.register_buffer(f"qplug_{place}_{name}", tensor, persistent=False)
+            # The first of a shape compiles, the others find it done.
+            warm_up(prepared, bias=len(prepared) == 1 and getattr(layer, "bias", None) is not None)
             operand = next(iter(prepared[0].tensors.values()))
             layer.qweight = torch.nn.Parameter(operand, requires_grad=False)  # shares its memory
 
