@@ -73,13 +73,14 @@ sass-small: $(READY) $(TRITON)
 sass: $(READY) $(TRITON) ## machine code of all GPU kernels, for seven kinds of card: a table, limits
 	@PYTHONPATH=integration $(BIN)/python -m sass.gate
 
-# On a machine with a GPU, torch and Triton; no .venv, nothing is installed or downloaded.
+# On a machine with a GPU, torch, Triton, NumPy and einops; no .venv, nothing is installed or
+# downloaded. Tests need pytest, hypothesis and Transformers too.
 bench-gpu: ## GPU kernels beside cuBLAS and other libraries: correctness, then times; 9 minutes
-	@$(ON_GPU) -m integration.gpu.bench
+	@$(ON_GPU) -m integration.gpu
 
 test-gpu: ## tests that need a GPU; with compute-sanitizer where it is installed
 	@QPLUG_REQUIRE_GPU=1 $(ON_GPU) -m pytest integration/gpu -m gpu --durations=10
-	@$(ON_GPU) -m pytest tests/kernels/gpu -n 8 -q
+	@$(ON_GPU) -m pytest tests/kernels/gpu -q $$($(ON_GPU) -c "import xdist; print('-n 8')" 2>&-)
 
 bench: $(READY) $(GPTQ) $(AWQ) ## measure against cp, clone(), stock vLLM and dense; prints tables
 	@missed=0; for bench in integration/benchmarks/bench_*.py; do \

@@ -1,7 +1,7 @@
 """How fast qplug multiplies on a GPU, beside everything else that is there: one command.
 
-    make bench-gpu                     # at most 9 minutes; torch and Triton are all it needs
-    python -m integration.gpu.bench --tiny --device cpu
+    make bench-gpu          # at most 9 minutes; needs torch, Triton, NumPy and einops
+    python -m integration.gpu --tiny --device cpu
 
 Order: versions and clocks; bandwidths and the time of an empty kernel; every case of every adapter
 compared with float64 in processes of their own, which compiles what will be timed; times, the most
@@ -24,7 +24,7 @@ import torch
 
 from qplug_kernels.gpu.timing import Call, Clock, graph_clock, measure, rotate
 
-from . import carried, cases, gate, machine, report
+from . import cases, gate, machine, report
 from .adapters import Adapter
 from .cases import Group
 from .gate import Checked, Key, said
@@ -137,7 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench-gpu: this machine has no CUDA device", file=sys.stderr)
         return 2
-    print(carried.use(), flush=True)
     adapters = [one for one in ADAPTERS if one.name in options.adapters]
     groups = gate.cases_of(options)
     result = Result(machine.describe(options.device))
@@ -204,7 +203,3 @@ def _plot(path: Path) -> None:
         print(f"no plot: {said(error)}")
         return
     print(f"drawn to {plot.draw(report.load(path), path)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,6 +5,7 @@
 Writes `peers.tar.xz` into a folder that git ignores; `bench.py` unpacks it there and uses it.
 Carry the folder to the machine with the checkout. Nothing of it becomes part of the repository.
 
+    einops               what qplug itself needs besides torch, Triton and NumPy
     gemlite, conch       Triton: source alone
     humming              CUDA, compiled on the machine by nvrtc, with CUDA's headers there
     bitsandbytes         the library for the machine's CUDA alone
@@ -69,6 +70,7 @@ class Peer:
 
 
 PEERS = (
+    Peer("einops", "0.8.2", ("einops/",)),
     Peer("gemlite", "0.6.0.post2", ("gemlite/",), source=True),
     Peer("conch-triton-kernels", "1.3", ("conch/", "conch_triton_kernels-")),
     Peer("humming-kernels", "0.1.19", ("humming/", "humming_kernels-")),

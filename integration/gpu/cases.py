@@ -76,15 +76,6 @@ class Form:
     tokens: tuple[int, ...] = FEW
     first: bool = False
 
-    @property
-    def exact_bits(self) -> float:
-        """Bits of a weight with its share of scales and zeros, as a file holds them."""
-        if self.kind is Kind.ROWS:
-            return self.bits
-        scale = 32 if self.kind is Kind.CODEBOOK else 16
-        zero = 0 if self.symmetric or self.kind is Kind.CODEBOOK else self.bits
-        return self.bits + (scale + zero) / self.group_size
-
 
 BF16 = torch.bfloat16
 FORMS = (
@@ -96,7 +87,7 @@ FORMS = (
     Form(name="int3", bits=3),
     Form(name="int2", bits=2),
     Form(name="int8", bits=8, symmetric=True),
-    Form(name="nf4", kind=Kind.CODEBOOK, group_size=64, dtype=BF16),
+    Form(name="nf4", kind=Kind.CODEBOOK, group_size=64, dtype=BF16, tokens=ALL),
     Form(name="int8-rows", bits=8, kind=Kind.ROWS),
 )
 

@@ -6,6 +6,7 @@ With QPLUG_REQUIRE_GPU=1, as `make test-gpu` sets it, they fail instead.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("QPLUG_REQUIRE_GPU") == "1":
         pytest.fail(f"QPLUG_REQUIRE_GPU=1: {REASON}", pytrace=False)
     pytest.skip(REASON)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say last what did not run on a card although there is one: a tool was missing."""
+    if torch.cuda.is_available():
+        for report in terminalreporter.stats.get("skipped", ()):
+            terminalreporter.write_line(f"not run: {report.nodeid}: {report.longrepr[2]}")
 
 
 @pytest.fixture(scope="session")

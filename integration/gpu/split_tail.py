@@ -1,6 +1,6 @@
 """Multiply small linears whose inputs many programs share: what compute-sanitizer looks at.
 
-    compute-sanitizer --tool racecheck python -m integration.gpu.split_tail
+    compute-sanitizer --tool memcheck python -m integration.gpu.split_tail
 
 A checker makes kernels 10 to 50 times slower, so shapes are the smallest with a split.
 """

@@ -148,7 +148,7 @@ def test_a_machine_without_a_gpu_is_told_so(capsys, monkeypatch):
 
 def test_the_command_runs_from_end_to_end(tmp_path):
     out = tmp_path / "result.json"
-    command = [sys.executable, "-m", "integration.gpu.bench", "--tiny", "--device", "cpu"]
+    command = [sys.executable, "-m", "integration.gpu", "--tiny", "--device", "cpu"]
     command += ["--most", "1", "--forms", "int4", "--adapters", "qplug", "conch", "--out", str(out)]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "converters", ROOT / "kernels")))
     environment = os.environ | {

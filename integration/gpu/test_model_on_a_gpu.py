@@ -36,7 +36,6 @@ PROMPT = [
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
     """Let Transformers use qplug, which may be on the path alone, whatever else is installed."""
-    pytest.importorskip("transformers")
     from qplug import transformers
 
     with transformers.use("gptq", "awq", "bitsandbytes", "compressed-tensors", "auto-round"):

@@ -8,7 +8,7 @@ import torch
 
 from qplug_converters.errors import QplugError
 from qplug_kernels import tune
-from qplug_kernels.gpu import affine, configs, tables
+from qplug_kernels.gpu import affine, compat, configs, tables, timing
 from qplug_kernels.gpu.configs import Card, Config
 from qplug_kernels.gpu.planes import Form
 from qplug_kernels.gpu.tables import Row, Table
@@ -29,6 +29,7 @@ def own(tmp_path, monkeypatch):
     path = tmp_path / "own.json"
     monkeypatch.setenv("QPLUG_CONFIGS", str(path))
     monkeypatch.setattr(tables, "PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(timing, "COLD", 1)  # no clock of these tests minds a cache
     forget()
     yield path
     forget()
@@ -156,12 +157,13 @@ def test_candidates_begin_with_the_rule_and_fit_the_card():
     assert all(config.splits <= FORM.tiles[1] for config in found)
 
 
+HERE = "cpu" if compat.interpreted() else "cuda"
 LINEAR = Linear("int4", 512, 256, torch.float16)
 
 
 def session(clock, late=lambda: False):
     told = []
-    return Session(64, "cpu", clock, late, told.append), told
+    return Session(64, HERE, clock, late, told.append), told
 
 
 def test_the_fastest_right_configuration_is_found_step_by_step(monkeypatch):
