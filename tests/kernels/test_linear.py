@@ -44,6 +44,7 @@ PAIRS = [
     (kernel.name, dtype)
     for kernel in KERNELS
     for dtype in BOUND
+    if kernel.device != "cuda"  # in `gpu/`
     if kernel.name != "cpu_int4_wna16"  # in `test_inside_vllm`
     if dtype == torch.bfloat16 or kernel.name != "cpu_int4"
 ]
