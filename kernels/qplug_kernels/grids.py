@@ -18,6 +18,7 @@ exception, and every weight keeps its meaning.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -156,11 +157,14 @@ def facts(weight: QuantizedWeight) -> Mapping[str, Any]:
             "weights_fit_bf16": _within(grid.scales.float() * 16, torch.bfloat16),
         }
     elif isinstance(grid, OffsetGrid):
+        zeros = integer_zeros(grid, weight.bits)
         largest = grid.scales.float().abs() * (1 << weight.bits) + grid.offsets.float().abs()
         found |= {
             "kind": Kind.OFFSET,
             "group_size": grid.group_size,
-            "highest_zero": 0,
+            "whole_zeros": zeros is not None,
+            "highest_zero": 0 if zeros is None or not zeros.numel() else int(zeros.max()),
+            "midpoint": zeros is not None and bool((zeros == 1 << (weight.bits - 1)).all()),
             "scale_dtype": grid.scales.dtype,
             "scales_fit_f16": _fit_f16(grid.scales),
             "offsets_fit_f16": _within(grid.offsets, torch.float16),
@@ -188,6 +192,32 @@ def facts(weight: QuantizedWeight) -> Mapping[str, Any]:
             ),
         }
     return found
+
+
+def integer_zeros(grid: OffsetGrid, bits: int) -> Tensor | None:
+    """Return the zeros int16 `[out, groups]` that the offsets were made of, or `None`.
+
+    They are there where each offset is -zero * scale rounded once to its dtype, as AWQ's tools
+    write them, for integers from 0 to 2^bits.
+    """
+    scales = grid.scales.float()
+    zeros = torch.where(scales == 0, 0.0, torch.round(-grid.offsets.float() / scales))
+    inside = (zeros >= 0) & (zeros <= 1 << bits)
+    same = (-(scales * zeros)).to(grid.offsets.dtype) == grid.offsets
+    return zeros.to(torch.int16) if bool((inside & same).all()) else None
+
+
+def with_zeros(weight: QuantizedWeight) -> QuantizedWeight:
+    """Return a weight whose offsets are zeros (`Problem.whole_zeros`) on an affine grid.
+
+    What the tool lost in rounding offsets is not kept: at most 2^-11 of zero * scale in float16.
+    """
+    grid = weight.grid
+    if not isinstance(grid, OffsetGrid):
+        return weight
+    zeros = integer_zeros(grid, weight.bits)
+    assert zeros is not None
+    return replace(weight, grid=AffineGrid(grid.scales, zeros, grid.group_size))
 
 
 def _out_of_order(grid: AffineGrid, in_features: int) -> bool:

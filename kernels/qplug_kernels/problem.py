@@ -61,6 +61,8 @@ class Problem:
         what it is without act order.
     highest_zero
         The highest zero (value subtracted); 0 where codes have none.
+    whole_zeros
+        Whether the offsets of a grid are integer zeros times scales (`grids.integer_zeros`).
     midpoint
         Whether every zero is the middle of the codes, as on symmetric grids.
     table
@@ -98,6 +100,7 @@ class Problem:
     act_order: bool = False
     run: int = 0
     highest_zero: int = 8
+    whole_zeros: bool = False
     midpoint: bool = False
     table: tuple[float, ...] = ()
     scale_dtype: torch.dtype = torch.float16

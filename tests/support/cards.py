@@ -18,7 +18,7 @@ GPU_KERNELS = {
     "autoround-native-2b-asym-g32": "triton_affine",
     "awq-gemm-g32-bias": "triton_affine",
     "awq-gemv-g64": "triton_affine",
-    "awq-gemv_fast-g64": "dense",
+    "awq-gemv_fast-g64": "triton_affine",
     "bnb-fp4": "triton_codebook",
     "bnb-int8": "triton_rows",
     "bnb-nf4-dq": "triton_codebook",

@@ -15,7 +15,8 @@ dtype of x, into float32; its sum is multiplied by the scale in float32. So a re
 rounding of products in the tensor core's float32 sums and one to the dtype of x. bits / 8 + 4 / g
 bytes per weight, 2 / g where no zeros are stored.
 
-Rounding: scales that a file holds in float32 are rounded to float16 (2^-11).
+Rounding: scales that a file holds in float32 are rounded to float16 (2^-11). Offsets that a file
+holds instead of zeros (awq_gemv_fast, llm_awq) are taken for the zeros that they were made of.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from qplug_converters.weight import QuantizedWeight
 
+from ..grids import with_zeros
 from ..problem import Kernel, Problem
 from . import asm, compat, configs, dequantize, loop, planes, workspace
 from .compat import jit_for_any, tl
@@ -165,7 +167,7 @@ def cannot(problem: Problem) -> str | None:
 
 def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
     """Return the operands of the table, on the device of the weight."""
-    device = weight.codes.device
+    device, weight = weight.codes.device, with_zeros(weight)
     places = planes.arrange(weight, problem)
     form = planes.choose_form(weight, problem, places)
     configs.ready(form, device)

@@ -224,7 +224,9 @@ def encode(weight: QuantizedWeight, form: Form, places: Places) -> dict[str, Ten
 
 def cannot(problem: Problem) -> str | None:
     """Say why a linear does not fit the layout."""
-    if problem.kind is not Kind.AFFINE:
+    if problem.kind is Kind.OFFSET and not problem.whole_zeros:
+        return "offsets are no integers times scales, and the layout holds integer zeros"
+    if problem.kind not in (Kind.AFFINE, Kind.OFFSET):
         return f"weights lie on a grid of {problem.kind.value}, and the layout holds affine ones"
     smallest = problem.block if problem.act_order else problem.group_size
     if smallest % SMALLEST and not (problem.act_order and problem.group_size >= 2 * SMALLEST):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qplug_converters.errors import QplugError
+from qplug_converters.moves import to_offsets
 from qplug_converters.weight import AffineGrid
 from qplug_kernels import Problem, apply_linear
 from qplug_kernels.gpu import affine, compat, configs, planes, tables, workspace
 from qplug_kernels.gpu.configs import Config
 from qplug_kernels.gpu.form import Form
+from qplug_kernels.grids import with_zeros
 from qplug_kernels.linear import Prepared
 
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -95,6 +99,23 @@ def test_symmetric(bits, dtype, prepared):
         weight, one = prepared(72, 320, group_size, dtype, symmetric=True, bits=bits)
         assert (one.tensors["scales"].dtype == torch.int16) == (group_size == 64)
         check(weight, one, 3, Config(8, 2, ptx=one.tensors["words"].is_cuda))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_offsets_made_of_zeros(bits, random_weight, device):
+    """As awq_gemv_fast and llm_awq hold them: their zeros come back."""
+    weight = random_weight(72, 256, 64, bits=bits)
+    weight.affine.scales[0, 0] = 0
+    weight.affine.zeros[0, 0] = 0  # what a scale of 0 leaves of it
+    stored = to_offsets(weight, "F16").to(device)
+    problem = replace(Problem.here(stored, torch.float16), device="cuda", arch="sm_90")
+    assert affine.cannot(problem) is None
+    tensors = affine.prepare(stored, problem)
+    check(stored, Prepared(affine.KERNEL.name, 256, 72, torch.float16, tensors), 3, Config(8, 2))
+    assert torch.equal(with_zeros(stored).affine.zeros.cpu(), weight.affine.zeros)
+    stored.grid.offsets[3, 1] *= 1.01
+    problem = replace(Problem.here(stored, torch.float16), device="cuda", arch="sm_90")
+    assert "no integers times scales" in affine.cannot(problem)
 
 
 @pytest.mark.parametrize(
