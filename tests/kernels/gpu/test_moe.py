@@ -160,6 +160,24 @@ def test_routings(ids, kind, mixture, configured):
         check(up, down, expected, ids)
 
 
+def test_blocks_behind_the_last_one_do_nothing(mixture, configured, monkeypatch):
+    if not compat.interpreted():
+        pytest.skip("programs are counted in the interpreter")
+    ran = []
+
+    def finish(*arguments):
+        ran.append(int(arguments[5]))
+        return kept(*arguments)
+
+    kept = affine.loop.finish
+    configured(8, 1)
+    up, down, expected = mixture(count=4)
+    monkeypatch.setattr(affine.loop, "finish", finish)
+    check(up, down, expected, torch.tensor([[1, 1], [1, 3], [1, 1]]), again=False)
+    assert routing.most_blocks(6, 4, 8) == 4
+    assert sorted(ran) == [0, 0, 1, 1]
+
+
 def literal(ids, count, block):
     """Return the pairs of each block, and its expert."""
     found = []
