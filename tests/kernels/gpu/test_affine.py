@@ -92,6 +92,13 @@ def test_joined_planes_are_those_one_by_one(bits, prepared, device):
         assert relative(found[1], found[0].double()) < BOUND[torch.float16]
 
 
+@pytest.mark.parametrize("group_size", [512, 640])
+def test_groups_of_several_tiles_in_several_tiles_of_outputs(group_size, prepared):
+    """The last group is short; the second tile of outputs begins behind it."""
+    weight, one = prepared(130, 640, group_size, torch.float16)
+    check(weight, one, 3, Config(8, 2, ptx=one.tensors["words"].is_cuda))
+
+
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_symmetric(bits, dtype, prepared):
