@@ -49,6 +49,12 @@ NEEDLESS = (
     "tilelang", "nvtx", "quack-kernels", "tokenspeed-mla", "humming-kernels", "fastsafetensors",
     "opencv-python-headless", "grpcio", "opentelemetry-exporter-otlp-proto-grpc",
 )  # fmt: skip
+UNREAD = (
+    "vllm/vllm-rs", "vllm/third_party/fmha_sm100/", "vllm/third_party/deep_gemm/",
+    "vllm/third_party/tml_fa4/", "pycountry/locales/", "mistral_common/data/",
+)  # fmt: skip
+"""What of the packages that travel is large and never read by the server of a small text model."""
+
 FOREIGN = re.compile(r"^nvidia-|^cuda-")
 LOOSE = ("compressed-tensors", "xgrammar", "apache-tvm-ffi")
 """Packages that ask for torch: fetched as they are, so that pip does not look for torch's needs."""
@@ -117,7 +123,7 @@ def files(wheel: Path, arch: int) -> Iterator[tuple[str, bytes]]:
                 continue
             if ours and name.startswith("vllm/") and name.endswith(".so") and name != LIBRARY:
                 continue
-            if ours and ("/tuned_configs/" in name or "/configs/E=" in name):
+            if name.startswith(UNREAD):
                 continue
             data = opened.read(name)
             if name == LIBRARY:
@@ -146,8 +152,10 @@ def pack(into: Path, arch: int, python: str) -> Path:
             fetch([*closure(complete, python, folder), *loose], python, folder)
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"pip could not: {' '.join(map(str, error.cmd))[:300]}") from error
-        with tarfile.open(archive, "w:xz") as packed:
+        # At preset 6 it took more than a quarter of an hour on a busy machine.
+        with tarfile.open(archive, "w:xz", preset=3) as packed:
             for wheel in sorted(folder.glob("*.whl")):
+                print(wheel.name, flush=True)
                 for name, data in files(wheel, arch):
                     member = tarfile.TarInfo(f"site/{name}")
                     member.size, member.mode = len(data), 0o755
