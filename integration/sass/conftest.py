@@ -9,7 +9,7 @@ import pytest
 
 from . import environment, gate
 
-ARCHS = ("sm_80", "sm_90")
+ARCHS = gate.TARGETS["installed"]
 
 
 @pytest.fixture(scope="session")

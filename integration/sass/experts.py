@@ -95,7 +95,6 @@ def built(case: Case, arch: str) -> Iterator[Build]:
         "format": case.format,
         "dtype": case.dtype,
         "group_size": case.group_size,
-        "act_order": False,
         "gathers": False,
         "codebook": case.format == "nf4",
         "loop": True,

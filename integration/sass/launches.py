@@ -1,6 +1,6 @@
 """What launchers ask Triton for, recorded where there is no GPU.
 
-A launcher is called with tensors on the CPU under a driver that knows only the name of a card;
+A launcher is called with tensors of the meta device under a driver that knows the name of a card;
 Triton derives types, constants and hints from the arguments as it does on a GPU, and tells its hook
 what it would compile. So what is checked is what is launched: nothing is written down twice.
 """

@@ -3,8 +3,8 @@
 The main loop is the innermost loop with the most matrix instructions. A loop is a branch back to an
 instruction that every way to the branch passes: compilers place blocks that are rarely run behind
 the end of the program, and their jumps back are none. What they placed there is not counted.
-Weights are what a line of the source assigns to `w`, `w0`, `w1` or `w2` out of `tl.load`. Standard
-library only, no engine, no GPU.
+Weights are what a line of the source loads from `w` or `words`. Standard library only, no engine,
+no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _AMD_TARGET = re.compile(r"^()(\.LBB\w+)")
 _BRANCH = re.compile(r"(?:BRA|CALL|JMP|s_branch|s_cbranch)")
 _END = re.compile(r"(?:EXIT|RET|s_endpgm)\b")
 _SOURCE = re.compile(r"^//## [\w.]+:\d+: (.*)")
-_WEIGHTS = re.compile(r"w\d?\s*=.*\btl\.load\(")
+_WEIGHTS = re.compile(r"\btl\.load\(w(?:ords)?\b")
 _MMA = re.compile(r"[A-Z]*MMA\b|v_(?:s?mfma|wmma)_")
 _SHAPE_HMMA = re.compile(r"HMMA\.(?:SP\.)?16(8)(8|16)\b")
 _SHAPE_HGMMA = re.compile(r"HGMMA\.64x(\d+)x(\d+)\b")
@@ -82,7 +82,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """What is counted in the main loop of one kernel.
+    """What is counted in the main loop of a kernel, or in all of one that has none.
 
     Attributes
     ----------
@@ -100,7 +100,8 @@ class Loop:
     copies
         Bytes of weights that a thread copies to shared memory asynchronously, by bytes at a time.
     loads
-        Bytes of weights that a thread loads into registers, by bytes at a time.
+        Bytes of weights that a thread loads into registers, by bytes at a time; of a whole kernel,
+        bytes of anything: Triton 3.9 gives loads outside a loop to other lines.
     conversions
         From integers to floats, or between floats through the slow unit.
     permutes
@@ -232,11 +233,13 @@ def _amd_width(op: str) -> int:
     return _AMD_WIDTHS.get(kind, 2 if "short" in kind else 1)
 
 
-def _moved(loop: Code, name: re.Pattern[str], width_of: Callable[[str], int]) -> dict[int, int]:
+def _moved(
+    loop: Code, name: re.Pattern[str], width_of: Callable[[str], int], whole: bool
+) -> dict[int, int]:
     """Return the bytes of weights that instructions of a name move, by bytes at a time."""
     moved: dict[int, int] = {}
     for one in loop.instructions:
-        if name.match(one.op) and _WEIGHTS.match(one.source):
+        if name.match(one.op) and (whole or _WEIGHTS.search(one.source)):
             width = width_of(one.op)
             moved[width] = moved.get(width, 0) + width
     return moved
@@ -259,15 +262,16 @@ def lines(listing: str) -> list[tuple[str, Counter[str]]]:
     return sorted(found.items(), key=lambda line: -line[1].total())
 
 
-def measure(listing: str) -> Loop:
-    """Count what the gate asks of a listing.
+def measure(listing: str, whole: bool = False) -> Loop:
+    """Count what the gate asks of the main loop of a listing, or of the whole of it.
 
     Raises
     ------
     NoLoop
-        If no loop has a matrix instruction.
+        If the main loop is asked for, and no loop has a matrix instruction.
     """
-    loop = main_loop(parse(listing))
+    code = parse(listing)
+    loop = code if whole else main_loop(code)
     amd = ".amdgcn_target" in listing
     matrix = [one.op for one in loop.instructions if _MMA.match(one.op)]
     instructions = loop.count(lambda op: op not in ("NOP", "s_nop"))
@@ -275,10 +279,14 @@ def measure(listing: str) -> Loop:
         instructions=instructions,
         vector=loop.count(lambda op: op.startswith("v_")) if amd else instructions,
         matrix=len(matrix),
-        kind=max(set(matrix), key=matrix.count),
+        kind=max(matrix, key=matrix.count, default=""),
         macs=sum(map(_macs, matrix)),
-        copies=_moved(loop, _COPY, _width),
-        loads=_moved(loop, _AMD_LOAD, _amd_width) if amd else _moved(loop, _LOAD, _width),
+        copies=_moved(loop, _COPY, _width, whole),
+        loads=(
+            _moved(loop, _AMD_LOAD, _amd_width, whole)
+            if amd
+            else _moved(loop, _LOAD, _width, whole)
+        ),
         conversions=loop.count(_INT_TO_FLOAT.match),
         permutes=loop.count(lambda op: op.startswith(("PRMT", "v_perm_"))),
         shared_stores=loop.count(lambda op: op.startswith(("STS", "ds_write", "ds_store"))),

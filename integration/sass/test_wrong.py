@@ -59,6 +59,15 @@ def test_no_stored_limit_excuses_more_than_was_promised(wrong: Rows, arch: str) 
     assert gate.ceiling(many_tokens) is None
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_another_triton_may_spill_a_little(wrong: Rows, arch: str) -> None:
+    other = {**wrong[arch, "spills"], "triton": "3.9.0"}
+    assert any(
+        "spilled registers, at most" in breach for breach in gate.judge(other, 100.0).breaches
+    )
+    assert not gate.judge({**wrong[arch, "right"], "triton": "3.9.0"}, 100.0).breaches
+
+
 def test_the_band_depends_on_the_triton_that_limits_are_of() -> None:
     stored = {
         "3.6": {"sm_80": {"a": {"instructions_per_weight": 2.0}}},

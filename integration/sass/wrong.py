@@ -85,8 +85,8 @@ def launch(fault: str = "", misaligned: bool = False, **options: int) -> None:
 
 
 FACTS = {
-    "bits": 4, "format": "int4", "dtype": "fp16", "group_size": 256, "act_order": False,
-    "codebook": False, "tokens": 16, "features": 128, "inputs": 256,
+    "bits": 4, "format": "int4", "dtype": "fp16", "group_size": 256, "gathers": False,
+    "codebook": False, "loop": True, "tokens": 16, "features": 128, "inputs": 256,
 }  # fmt: skip
 FAULTS: dict[str, Callable[[], None]] = {
     "right": launch,
