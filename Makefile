@@ -27,7 +27,7 @@ ON_GPU := PYTHONPATH=.:converters:kernels $(PYTHON)
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint format unit engine peers peers-small bench docs soak sass sass-small bench-gpu test-gpu clean machine-demo machine-test
+.PHONY: help demo test setup lint format unit engine peers peers-small bench docs soak kernels sass bench-gpu test-gpu clean machine-demo machine-test
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +36,7 @@ help: ## list the targets
 demo: machine-demo $(READY) ## a real model: quantize, convert, prove, serve with vLLM, ask a question
 	@$(BIN)/python integration/demo/demo.py
 
-test: machine-test lint unit sass-small engine peers-small ## everything: set-up, linters, unit tests, machine code, tests with real engines
+test: machine-test lint unit kernels engine peers-small ## everything: set-up, linters, unit tests, GPU kernels, tests with real engines
 
 setup: $(READY) ## make .venv: torch (CPU), vLLM (CPU), qplug, tools
 
@@ -51,8 +51,12 @@ format: $(READY) ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-unit: $(READY) ## tests/ and the GPU benchmark's own: no engine, no network, no GPU
-	$(BIN)/pytest tests integration/gpu -m "not engine and not slow and not gpu" -n 2 --dist loadfile --durations=5
+unit: $(READY) ## tests/ but the GPU kernels', and the GPU benchmark's own: no engine, no network, no GPU
+	$(BIN)/pytest tests integration/gpu --ignore=tests/kernels/gpu -m "not engine and not slow and not gpu" -n 2 --dist loadfile --durations=5
+
+kernels: $(READY) $(TRITON) ## GPU kernels without a GPU: Triton's interpreter, machine code for two kinds of card
+	$(BIN)/pytest tests/kernels/gpu -n 2 --dist loadfile --durations=3
+	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration/sass -m sass --durations=3
 
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
 	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration tests -m "engine and not slow" --durations=15
@@ -65,10 +69,6 @@ peers-small: $(READY)
 peers: $(READY) ## other tools read what qplug writes: an environment each in build/peers, tests
 	$(BIN)/python integration/peers/peers.py
 	QPLUG_REQUIRE_PEERS=1 $(BIN)/pytest integration -m peer --durations=5
-
-# Two kinds of card; compiled once, then read again from build/sass.
-sass-small: $(READY) $(TRITON)
-	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration/sass -m sass --durations=3
 
 sass: $(READY) $(TRITON) ## machine code of all GPU kernels, for seven kinds of card: a table, limits
 	@PYTHONPATH=integration $(BIN)/python -m sass.gate
