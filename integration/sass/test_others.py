@@ -14,7 +14,7 @@ from . import gate, measure
 pytestmark = pytest.mark.sass
 Rows = list[dict[str, Any]]
 
-TARGETS = {"pinned": ("sm_75", *gate.SHARED), "installed": ("sm_75", "sm_90")}
+TARGETS = {"pinned": ("sm_75", "sm_80", "sm_90"), "installed": ("sm_75", "sm_90")}
 
 LIMITS = {
     "int2 g128 fp16 m1": 5.1, "int3 g128 fp16 m1": 5.3, "int4 g128 fp16 m1": 4.9,

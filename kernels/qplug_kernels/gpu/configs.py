@@ -104,6 +104,8 @@ def rule(form: Tiled, tokens: int, card: Card) -> Config:
     while few > fewest and shared_bytes(form, few, 2) > card.shared:
         few //= 2
     stages = 4 if form.rows * form.words <= 32 else 3
+    if form.tile == 8 * form.rows and few == 8 and card.arch.startswith("sm_12"):
+        stages = 3  # with 4, eight planes spill three registers there
     while stages > 2 and shared_bytes(form, few, stages) > card.shared:
         stages -= 1
     many_n, many_k = form.tiles
