@@ -51,11 +51,11 @@ format: $(READY) ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-unit: $(READY) ## tests/ but the GPU kernels', and the GPU benchmark's own: no engine, no network, no GPU
-	$(BIN)/pytest tests integration/gpu --ignore=tests/kernels/gpu -m "not engine and not slow and not gpu" -n 2 --dist loadfile --durations=5
+unit: $(READY) ## tests/ but those of GPU kernels: no engine, no network
+	$(BIN)/pytest tests --ignore=tests/kernels/gpu -m "not engine and not slow" -n 2 --dist loadfile --durations=5
 
 kernels: $(READY) $(TRITON) ## GPU kernels without a GPU: Triton's interpreter, machine code for two kinds of card
-	$(BIN)/pytest tests/kernels/gpu -n 2 --dist loadfile --durations=3
+	$(BIN)/pytest tests/kernels/gpu integration/gpu -m "not engine and not slow and not gpu" -n 2 --dist loadfile --durations=3
 	QPLUG_REQUIRE_ENGINES=1 $(BIN)/pytest integration/sass -m sass --durations=3
 
 engine: $(READY) $(DENSE) ## integration/: real vLLM and Transformers on a real model
