@@ -176,6 +176,10 @@ def differences(one: Said, other: Said) -> dict[int, Difference]:
     return found
 
 
+LAYOUTS = ["awq", pytest.param("gptq", marks=pytest.mark.slow)]
+"""GPTQ is decoded by the same code and takes the same kernels: `make soak` runs it."""
+
+
 class Models:
     """What each model says, asked once, and how two of them compare."""
 
@@ -245,7 +249,7 @@ def models(
     return Models(engine, smollm2, prompts, report)
 
 
-@pytest.mark.parametrize("layout", ["awq", "gptq"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_all_agree(dtype: str, layout: str, models: Models) -> None:
     served, loaded = models.served(layout, dtype), models.loaded(layout, dtype)
@@ -256,7 +260,7 @@ def test_all_agree(dtype: str, layout: str, models: Models) -> None:
         assert not models.engines(dtype)
 
 
-@pytest.mark.parametrize("layout", ["awq", "gptq"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_over_http(
     layout: str, models: Models, needs: Callable[[str], Any], tmp_path: Path
 ) -> None:
