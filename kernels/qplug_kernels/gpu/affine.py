@@ -206,24 +206,14 @@ def constants(form: Form, ptx: bool, interpreted: bool) -> dict[str, Any]:
     }
 
 
-def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
-    """Return the layout, or say what is wrong before anything is launched.
-
-    Raises
-    ------
-    ValueError
-        If a shape, dtype, stride or device is not that of the table.
-    """
-    form = planes.once(operands, layout)
-    planes.check_x(form, x, bias, operands[0].device)
-    return form
-
-
 def layout(operands: Sequence[Tensor]) -> Form:
     """Return the layout of operands that fit it."""
     form = Form.of(operands)
     planes.check_operands(form, operands)
     return form
+
+
+check = functools.partial(planes.check, layout)
 
 
 def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -238,8 +228,7 @@ def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
 
 def reference(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """Multiply in float64 by the exact weight: the definition, and what runs on a CPU."""
-    y = x.double() @ planes.dequantize(Form.of(operands), operands).T
-    return (y if bias is None else y + bias.double()).to(x.dtype)
+    return planes.product(x, planes.dequantize(Form.of(operands), operands), bias)
 
 
 def multiply_many(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None, form: Form) -> Tensor:

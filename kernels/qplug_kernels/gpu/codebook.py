@@ -161,19 +161,6 @@ def prepare(weight: QuantizedWeight, problem: Problem) -> dict[str, Tensor]:
     }
 
 
-def check(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Form:
-    """Return the layout, or say what is wrong before anything is launched.
-
-    Raises
-    ------
-    ValueError
-        If a shape, dtype, stride or device is not that of the table.
-    """
-    form = planes.once(operands, layout)
-    planes.check_x(form, x, bias, operands[0].device)
-    return form
-
-
 def layout(operands: Sequence[Tensor]) -> Form:
     """Return the layout of operands that fit it."""
     form = Form.of(operands)
@@ -185,6 +172,9 @@ def layout(operands: Sequence[Tensor]) -> Form:
     for tensor, (name, dtype, shape) in zip(operands, wanted, strict=False):
         planes.check_tensor(name, tensor, dtype, shape, operands[0].device)
     return form
+
+
+check = functools.partial(planes.check, layout)
 
 
 def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -200,8 +190,7 @@ def run(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
 
 def reference(x: Tensor, operands: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """Multiply in float64 by what the operands mean: the definition, and what runs on a CPU."""
-    y = x.double() @ nibbles.reference(operands).T
-    return (y if bias is None else y + bias.double()).to(x.dtype)
+    return planes.product(x, nibbles.reference(operands), bias)
 
 
 def configuration(form: Form, tokens: int, device: torch.device) -> Config:

@@ -273,6 +273,7 @@ _CHECKED = WeakIdKeyDictionary()
 """Words to their layout and the operands that were checked with them."""
 
 Found = TypeVar("Found")
+Fitting = TypeVar("Fitting", bound=Tiled)
 
 
 def once(operands: Sequence[Tensor], check: Callable[[Sequence[Tensor]], Found]) -> Found:
@@ -290,6 +291,24 @@ def once(operands: Sequence[Tensor], check: Callable[[Sequence[Tensor]], Found])
 
 def _is(one: weakref.ref[Tensor], other: Tensor) -> bool:
     return one() is other
+
+
+def check(
+    layout: Callable[[Sequence[Tensor]], Fitting],
+    x: Tensor,
+    operands: Sequence[Tensor],
+    bias: Tensor | None,
+) -> Fitting:
+    """Return `layout(operands)`, or say what is wrong before anything is launched.
+
+    Raises
+    ------
+    ValueError
+        If a shape, dtype, stride or device is not that of a kernel's table.
+    """
+    form = once(operands, layout)
+    check_x(form, x, bias, operands[0].device)
+    return form
 
 
 def check_x(form: Tiled, x: Tensor, bias: Tensor | None, device: torch.device) -> None:
@@ -347,3 +366,9 @@ def check_tensor(
         )
     if not tensor.is_contiguous() or tensor.data_ptr() % 16:
         raise ValueError(f"{name} is not in one piece that begins at a multiple of 16 bytes")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `x @ weight.T + bias` in float64, rounded once to the dtype of `x`."""
+    y = x.double() @ weight.T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
